@@ -1,0 +1,20 @@
+"""Fused losses for preference distillation: TVKD and DRDO without the logits."""
+
+from fastpref.losses import DRDOOutput, OracleOutput, TVKDOutput, drdo_loss, oracle_loss, tvkd_loss
+from fastpref.ops import linear_logps, linear_logsumexp
+from fastpref.rewards import sequence_rewards
+from fastpref.teacher import shaping_from_values, teacher_shaping
+
+__all__ = [
+    "DRDOOutput",
+    "OracleOutput",
+    "TVKDOutput",
+    "drdo_loss",
+    "linear_logps",
+    "linear_logsumexp",
+    "oracle_loss",
+    "sequence_rewards",
+    "shaping_from_values",
+    "teacher_shaping",
+    "tvkd_loss",
+]

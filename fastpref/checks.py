@@ -1,0 +1,102 @@
+"""Refusals of bad input: a ``ValueError`` names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def refuse(name: str, expected: str, got: object) -> None:
+    """Raise the ``ValueError`` that every check raises."""
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Refuse a hyper-parameter that is not a finite number within its bounds."""
+    bounds = [
+        f"{word} {bound}"
+        for word, bound in (("above", above), ("at least", at_least), ("at most", at_most))
+        if bound is not None
+    ]
+    expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        refuse(name, expected, repr(value))
+    if (
+        (above is not None and value <= above)
+        or (at_least is not None and value < at_least)
+        or (at_most is not None and value > at_most)
+    ):
+        refuse(name, expected, value)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a string that is not one of ``choices``."""
+    if value not in choices:
+        refuse(name, " or ".join(repr(choice) for choice in choices), repr(value))
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Refuse a tensor of another shape than ``shape``, which ``meaning`` puts in words."""
+    if not isinstance(tensor, Tensor):
+        refuse(name, f"a tensor of shape {meaning}", type(tensor).__name__)
+    if tuple(tensor.shape) != tuple(shape):
+        refuse(name, f"shape {tuple(shape)} ({meaning})", tuple(tensor.shape))
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor on another device than ``other``."""
+    if tensor.device != other.device:
+        refuse(name, f"device {other.device}, like {other_name}", tensor.device)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a tensor of floating-point numbers."""
+    if not isinstance(tensor, Tensor):
+        refuse(name, "a tensor", type(tensor).__name__)
+    if tensor.dtype not in FLOATS:
+        refuse(name, "float64, float32, float16 or bfloat16", tensor.dtype)
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a tensor of integers."""
+    if not isinstance(tensor, Tensor):
+        refuse(name, "a tensor", type(tensor).__name__)
+    if tensor.dtype not in INTEGERS:
+        refuse(name, "an integer dtype such as int64", tensor.dtype)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse hidden states (..., H) and a head (V, H), (V,) that do not fit together."""
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if hidden.dim() < 1:
+        refuse("hidden", "shape (..., H)", tuple(hidden.shape))
+    if weight.dim() != 2 or 0 in weight.shape:
+        refuse("weight", "shape (V, H), neither of them zero", tuple(weight.shape))
+    if weight.shape[1] != hidden.shape[-1]:
+        refuse(
+            "weight",
+            f"shape (V, {hidden.shape[-1]}), the last dimension of hidden",
+            tuple(weight.shape),
+        )
+    same_as_hidden = [("weight", weight)]
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],), "(V,)")
+        same_as_hidden.append(("bias", bias))
+    for name, tensor in same_as_hidden:
+        check_device(name, tensor, "hidden", hidden)
+        if tensor.dtype != hidden.dtype:
+            refuse(name, f"dtype {hidden.dtype}, like hidden", tensor.dtype)

@@ -1,0 +1,71 @@
+"""Gradients of the hidden states and of the head, once the incoming gradient is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref.ops.backend import tile_functions
+from fastpref.ops.forward import project
+from fastpref.ops.matmul import multiply, operand_dtype
+from fastpref.ops.tiling import carve, tile_grid
+from fastpref.ops.transform import LogitTransform
+
+
+def gradients(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (n,) int64
+    transform: LogitTransform,
+    lse: Tensor,  # (n,)
+    probability_coefficients: Tensor,  # (n,)
+    label_coefficients: Tensor,  # (n,)
+    *,
+    cache: Tensor,  # flat, as `statistics` left it
+    hidden_gradient: Tensor | None,  # (n, H) in the dtype of statistics, written
+    weight_gradient: Tensor | None,  # (V, H), written
+    bias_gradient: Tensor | None,  # (V,), written
+) -> None:
+    """Write the gradients that are wanted: a matrix product each, one more for what is not cached.
+
+    The vocabulary is the outer loop, so each stretch of the weight's gradient is finished at once
+    and summed in float32 whatever its dtype.
+    """
+    grid = tile_grid(hidden.shape[0], weight.shape[0], hidden.device, lse.dtype)
+    gradient_tile = tile_functions(hidden).gradient_tile
+    hidden = hidden.to(operand_dtype(hidden))
+    scratch = grid.buffer(hidden.device, lse.dtype)
+    operands = grid.operand_buffer(scratch, hidden.dtype)
+    for columns in grid.column_blocks():
+        weight_total = _total(weight_gradient, columns, lse.dtype)
+        bias_total = _total(bias_gradient, columns, lse.dtype)
+        for rows in grid.row_blocks():
+            cached = grid.cached_tile(cache, rows, columns)
+            if cached is None:
+                tile = project(hidden[rows], weight, bias, columns, scratch)
+            else:  # copied, since a retained graph may come back for it
+                tile = carve(scratch, *cached.shape).copy_(cached)
+            gradient = carve(operands, *tile.shape)
+            gradient_tile(
+                tile, None if labels is None else labels[rows], columns.start, transform,
+                lse[rows], probability_coefficients[rows], label_coefficients[rows], gradient,
+            )  # fmt: skip
+            if hidden_gradient is not None:
+                multiply(gradient, weight[columns], hidden_gradient[rows], add=columns.start > 0)
+            if weight_total is not None:
+                multiply(gradient.T, hidden[rows], weight_total, add=rows.start > 0)
+            if bias_total is not None:
+                summed = gradient.sum(0, dtype=lse.dtype)
+                bias_total.copy_(summed) if rows.start == 0 else bias_total.add_(summed)
+        if weight_gradient is not None and weight_total is not None:
+            weight_gradient[columns] = weight_total
+        if bias_gradient is not None and bias_total is not None:
+            bias_gradient[columns] = bias_total
+
+
+def _total(gradient: Tensor | None, columns: slice, dtype: torch.dtype) -> Tensor | None:
+    """Where one stretch of a gradient is summed: in place where its dtype is that of sums."""
+    if gradient is None or gradient.dtype == dtype:
+        return gradient if gradient is None else gradient[columns]
+    return torch.empty_like(gradient[columns], dtype=dtype)

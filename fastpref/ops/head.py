@@ -1,0 +1,91 @@
+"""The arguments every function with a head shares: their types, their checks, their meaning.
+
+========================  ================================================================
+``bias``                  (V,) added to the projection; None for none
+``temperature``           divides the logits (> 0)
+``logit_scale``           multiplies the projection, as in Cohere and Granite
+``softcap``               ``softcap * tanh(x / softcap)``, as in Gemma (> 0); None for none
+``compact``               project labelled rows only, at one read by the host; ``False``
+                          never waits for the device (CUDA graphs), projects every row and
+                          answers NaN where a label is outside the vocabulary
+``scratch_bytes``         where the head trains: keep projections for backward in so many
+                          bytes instead of computing them again
+========================  ================================================================
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from fastpref.checks import check_head, check_number, refuse
+from fastpref.ops.linear_logps_op import linear_logps_op
+
+
+class HeadOptions(TypedDict, total=False):
+    """Keyword arguments that every loss passes on to `linear_logps`."""
+
+    bias: Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    compact: bool
+    scratch_bytes: int
+
+
+def call_head(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor | None,  # (...) int64
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int = -100,
+    compact: bool = True,
+    scratch_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Check and cast the arguments, run the operator; (...) log-probabilities and logsumexp."""
+    check_number("temperature", temperature, above=0)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
+        refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check_head(hidden, weight, bias)
+
+    wants_gradient = torch.is_grad_enabled()
+    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    shape = hidden.shape[:-1]
+    logps, lse, _, _ = linear_logps_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if labels is None else labels.reshape(-1),
+        float(temperature),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        ignore_index,
+        compact,
+        wants_gradient and hidden.requires_grad and not trains_head,
+        scratch_bytes if wants_gradient and trains_head else 0,
+    )
+    return logps if labels is None else logps.view(shape), lse.view(shape)
+
+
+def _autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ``torch.nn.functional.linear`` does to its arguments under autocast."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)

@@ -1,0 +1,250 @@
+"""The custom operator under `linear_logps` and `linear_logsumexp`: schema, fakes and autograd.
+
+Below autograd nobody can see ``requires_grad``, so the callers say with ``jacobian`` whether the
+hidden states alone need a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.ops.backend import uses_triton
+from fastpref.ops.backward import gradients
+from fastpref.ops.forward import Statistics, statistics, statistics_and_jacobian
+from fastpref.ops.matmul import statistics_dtype
+from fastpref.ops.rows import labelled_rows
+from fastpref.ops.transform import LogitTransform
+
+
+@torch.library.custom_op("fastpref::linear_logps", mutates_args=())
+def linear_logps_op(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (N,) int64
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    compact: bool,
+    jacobian: bool,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities (N,), logsumexp (N,), Jacobian (N, H) and cached projections (flat).
+
+    What is not wanted is empty: log-probabilities without ``labels``, the Jacobian without
+    ``jacobian``, the cache without ``scratch_bytes``.
+    """
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    rows = _rows(labels, weight, ignore_index, compact)
+    count = hidden.shape[0] if rows is None else rows.numel()
+    if count == 0:
+        fakes = _outputs(hidden, weight, labels, jacobian=jacobian, scratch_bytes=scratch_bytes)
+        return tuple(output.zero_() for output in fakes)  # type: ignore[return-value]
+    if labels is not None:
+        labels = _take(labels, rows)
+
+    found_jacobian = hidden.new_empty(0)
+    cache = _cache(hidden, weight, scratch_bytes)
+    if jacobian:
+        found, found_jacobian = statistics_and_jacobian(
+            _take(hidden, rows), weight, bias, labels, transform
+        )
+    elif uses_triton(hidden) and not scratch_bytes:
+        from fastpref.kernels.logsumexp import projection_logsumexp
+
+        found = Statistics(*projection_logsumexp(hidden, weight, bias, labels, rows, transform))
+    else:
+        found = statistics(_take(hidden, rows), weight, bias, labels, transform, cache=cache)
+
+    if labels is None:
+        return hidden.new_empty(0, dtype=cache.dtype), found.lse_other, found_jacobian, cache
+    logps, lse = found.logps(), found.lse()
+    if not compact:
+        ignored = labels == ignore_index
+        logps, lse = logps.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
+        if jacobian:
+            found_jacobian.masked_fill_(ignored.unsqueeze(1), 0)
+    if jacobian:
+        found_jacobian = _spread(found_jacobian, rows, hidden.shape[0])
+    logps, lse = (_spread(values, rows, hidden.shape[0]) for values in (logps, lse))
+    return logps, lse, found_jacobian, cache
+
+
+@linear_logps_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    compact: bool,
+    jacobian: bool,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(hidden, weight, labels, jacobian=jacobian, scratch_bytes=scratch_bytes)
+
+
+@torch.library.custom_op("fastpref::linear_logps_backward", mutates_args=())
+def linear_logps_backward_op(
+    logps_gradient: Tensor | None,  # (N,)
+    lse_gradient: Tensor | None,  # (N,)
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (N,) int64
+    logps: Tensor,  # (N,), empty without labels
+    lse: Tensor,  # (N,)
+    cache: Tensor,  # flat
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    compact: bool,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not wanted."""
+    hidden_gradient, weight_gradient, bias_gradient = _gradients(
+        hidden, weight, wants_hidden, wants_weight, wants_bias
+    )
+    rows = _rows(labels, weight, ignore_index, compact)
+    count = hidden.shape[0] if rows is None else rows.numel()
+    if count == 0:
+        return hidden_gradient.zero_(), weight_gradient.zero_(), bias_gradient.zero_()
+
+    from_lse = _take(lse_gradient, rows) if lse_gradient is not None else torch.zeros_like(lse[:1])
+    probability_coefficients = from_lse.expand(count)
+    label_coefficients = torch.zeros_like(probability_coefficients)
+    if labels is not None:
+        labels, logps = _take(labels, rows), _take(logps, rows)
+        from_logps = (
+            _take(logps_gradient, rows) if logps_gradient is not None else torch.zeros_like(logps)
+        )
+        ignored = labels == ignore_index
+        probability_coefficients = (from_lse - from_logps).masked_fill(ignored, 0)
+        label_coefficients = from_lse * logps.exp() - from_logps * torch.expm1(logps)
+    total = torch.empty(
+        count, hidden.shape[1] if wants_hidden else 0, dtype=lse.dtype, device=lse.device
+    )
+    gradients(
+        _take(hidden, rows),
+        weight,
+        bias,
+        labels,
+        LogitTransform(temperature, logit_scale, softcap),
+        _take(lse, rows),
+        probability_coefficients,
+        label_coefficients,
+        cache=cache,
+        hidden_gradient=total if wants_hidden else None,
+        weight_gradient=weight_gradient if wants_weight else None,
+        bias_gradient=bias_gradient if wants_bias else None,
+    )
+    if wants_hidden:
+        hidden_gradient = _spread(total.to(hidden.dtype), rows, hidden.shape[0])
+    return hidden_gradient, weight_gradient, bias_gradient
+
+
+@linear_logps_backward_op.register_fake
+def _(
+    logps_gradient: Tensor | None,
+    lse_gradient: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    logps: Tensor,
+    lse: Tensor,
+    cache: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    compact: bool,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, *ctx.transform, ctx.ignore_index, ctx.compact, _, _ = inputs
+    logps, lse, jacobian, cache = output
+    ctx.mark_non_differentiable(jacobian, cache)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels, logps, lse, jacobian, cache)
+
+
+def _backward(
+    ctx: Any, logps_gradient: Tensor | None, lse_gradient: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, logps, lse, jacobian, cache = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    nothing = (None,) * 8
+    first, second = (
+        (lse_gradient, logps_gradient) if labels is None else (logps_gradient, lse_gradient)
+    )
+    if jacobian.numel() and second is None and first is not None:
+        return (first.unsqueeze(1) * jacobian).to(hidden.dtype), None, None, *nothing
+    found = linear_logps_backward_op(
+        logps_gradient, lse_gradient, hidden, weight, bias, labels, logps, lse, cache,
+        *ctx.transform, ctx.ignore_index, ctx.compact, *wanted,
+    )  # fmt: skip
+    return *(one if want else None for one, want in zip(found, wanted, strict=True)), *nothing
+
+
+linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _outputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor | None, *, jacobian: bool, scratch_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (count, width), dtype = hidden.shape, statistics_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(count if labels is not None else 0, dtype=dtype),
+        hidden.new_empty(count, dtype=dtype),
+        hidden.new_empty((count, width) if jacobian else (0,)),
+        _cache(hidden, weight, scratch_bytes),
+    )
+
+
+def _cache(hidden: Tensor, weight: Tensor, scratch_bytes: int) -> Tensor:
+    dtype = statistics_dtype(hidden.dtype)
+    size = min(scratch_bytes // dtype.itemsize, hidden.shape[0] * weight.shape[0])
+    return hidden.new_empty(size, dtype=dtype)
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if wants_hidden else (0,)),
+        weight.new_empty(weight.shape if wants_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if wants_bias else (0,)),
+    )
+
+
+def _rows(labels: Tensor | None, weight: Tensor, ignore_index: int, compact: bool) -> Tensor | None:
+    if labels is None or not compact:
+        return None
+    return labelled_rows(labels, weight.shape[0], ignore_index)
+
+
+def _take(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values.index_select(0, rows)
+
+
+def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """Put ``values`` of some rows back in their places among ``count`` rows, zeros elsewhere."""
+    if rows is None:
+        return values
+    return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)

@@ -1,0 +1,35 @@
+"""Matrix products that keep float32 sums of float16 and bfloat16 operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which matrix products take their operands.
+
+    CUDA multiplies 16-bit operands into float32 sums. Elsewhere PyTorch rounds the product to 16
+    bits, which costs up to 6 % of a probability, so operands are widened first.
+    """
+    return tensor.dtype if tensor.device.type == "cuda" else statistics_dtype(tensor.dtype)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out = left @ right``, or ``out += left @ right`` with ``add``.
+
+    ``left`` (n, k) has the dtype that `operand_dtype` gives and ``right`` (k, m) any; ``out``
+    (n, m) may be wider than both.
+    """
+    right = right.to(left.dtype)
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    elif add:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)

@@ -1,0 +1,195 @@
+"""Every formula once more in the most naive way, with full logits, for tests and benchmarks.
+
+Everything runs in whatever precision it is given, follows autograd, and takes padded tensors only:
+hidden (2B, T, H), weight (V, H), labels (2B, T). Nothing here is imported by the library.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The head's logits (..., V)."""
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    **head: object,
+) -> Tensor:
+    """Log-probabilities (...) of the labels, 0 where ignored."""
+    mask = labels != ignore_index
+    log_softmax = logits(hidden, weight, **head).log_softmax(-1)  # type: ignore[arg-type]
+    chosen = log_softmax.gather(-1, torch.where(mask, labels, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(mask, chosen, 0)
+
+
+def linear_logsumexp(
+    hidden: Tensor, weight: Tensor, *, temperature: float = 1.0, **head: object
+) -> Tensor:
+    """Soft values (...): ``temperature * logsumexp(z / temperature)``."""
+    z = logits(hidden, weight, temperature=temperature, **head)  # type: ignore[arg-type]
+    return temperature * z.logsumexp(-1)
+
+
+def shaping_from_values(
+    values: Tensor,  # (2B, T + 1)
+    labels: Tensor,  # (2B, T)
+    *,
+    gamma: float = 1.0,
+    terminal: str = "bootstrap",
+    form: str = "difference",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Shaping (2B,), token by token."""
+    sums = []
+    for row, row_labels in zip(values, labels, strict=True):
+        steps = [t for t, label in enumerate(row_labels.tolist()) if label != ignore_index]
+        total = row.new_zeros(())
+        for t in steps:
+            ends = t == steps[-1]
+            if form == "next_value":
+                total = total + (0 if ends else gamma * row[t + 1])
+            else:
+                next_value = 0 if ends and terminal == "zero" else row[t + 1]
+                total = total + gamma * next_value - row[t]
+        sums.append(total)
+    return torch.stack(sums)
+
+
+def teacher_shaping(
+    hidden: Tensor,  # (2B, T + 1, H)
+    weight: Tensor,
+    labels: Tensor,  # (2B, T)
+    *,
+    gamma: float = 1.0,
+    terminal: str = "bootstrap",
+    form: str = "difference",
+    ignore_index: int = -100,
+    **head: object,
+) -> Tensor:
+    """Shaping (2B,) from the values of all states."""
+    values = linear_logsumexp(hidden, weight, **head)  # type: ignore[arg-type]
+    return shaping_from_values(
+        values, labels, gamma=gamma, terminal=terminal, form=form, ignore_index=ignore_index
+    )
+
+
+def tvkd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shaping: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    ref_logps: Tensor | None = None,
+    length_normalize: bool = False,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
+    sft_weight: float = 0.0,
+    ignore_index: int = -100,
+    **head: object,
+) -> Tensor:
+    """The TVKD loss, pair by pair."""
+    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head)
+    mask = labels != ignore_index
+    m = []
+    for s in range(len(labels)):
+        weights = 1.0 if token_weights is None else token_weights[s][mask[s]]
+        total = (weights * logps[s][mask[s]]).sum()
+        if ref_logps is not None:
+            total = total - ref_logps[s]
+        value = beta * total - alpha * shaping[s]
+        m.append(value / max(int(mask[s].sum()), 1) if length_normalize else value)
+    pairs = len(labels) // 2
+    losses = []
+    for p in range(pairs):
+        d = m[p] - m[pairs + p]
+        losses.append(-(1 - label_smoothing) * logsigmoid(d) - label_smoothing * logsigmoid(-d))
+    chosen_tokens = max(int(mask[:pairs].sum()), 1)
+    sft = -logps[:pairs].sum() / chosen_tokens
+    return torch.stack(losses).mean() + sft_weight * sft
+
+
+def sequence_rewards(
+    hidden: Tensor,  # (2B, T + 1, H)
+    labels: Tensor,  # (2B, T)
+    head_weight: Tensor,  # (1, H)
+    head_bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Rewards (2B,) of the state after the last labelled token; 0 without any."""
+    rewards = []
+    for row, row_labels in zip(hidden, labels, strict=True):
+        steps = [t for t, label in enumerate(row_labels.tolist()) if label != ignore_index]
+        if not steps:
+            rewards.append(row.new_zeros(()))
+            continue
+        reward = row[steps[-1] + 1] @ head_weight.reshape(-1)
+        rewards.append(reward if head_bias is None else reward + head_bias.reshape(()))
+    return torch.stack(rewards)
+
+
+def drdo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    student_rewards: Tensor,
+    oracle_rewards: Tensor,
+    *,
+    alpha: float = 0.1,
+    gamma: float = 2.0,
+    length_normalize: bool = False,
+    detach_focal: bool = False,
+    ignore_index: int = -100,
+    **head: object,
+) -> Tensor:
+    """The DRDO loss, pair by pair."""
+    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head)
+    mask = labels != ignore_index
+    z = []
+    for s in range(len(labels)):
+        total = logps[s][mask[s]].sum()
+        z.append(total / max(int(mask[s].sum()), 1) if length_normalize else total)
+    pairs = len(labels) // 2
+    losses = []
+    for p in range(pairs):
+        z_w, z_l = z[p], z[pairs + p]
+        oracle_gap = oracle_rewards[p] - oracle_rewards[pairs + p]
+        student_gap = student_rewards[p] - student_rewards[pairs + p]
+        focal = (1 - torch.sigmoid(z_w - z_l)) ** gamma
+        if detach_focal:
+            focal = focal.detach()
+        log_odds = z_w - torch.log(1 - torch.exp(z_l))
+        losses.append((oracle_gap - student_gap) ** 2 - alpha * focal * log_odds)
+    return torch.stack(losses).mean()
+
+
+def oracle_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor, *, sft_weight: float
+) -> Tensor:
+    """The oracle's loss."""
+    return (-logsigmoid(chosen_rewards - rejected_rewards) - sft_weight * chosen_logps).mean()

@@ -1,0 +1,126 @@
+"""Sequences of tokens, padded or packed, and the pairs they are stacked in.
+
+Padded tensors are (2B, T, ...). Packed ones are flat, (N, ...): sequence ``s`` owns positions
+``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, and the label of its last position is ``ignore_index``,
+since nothing follows it. Either way the first B sequences are chosen, the others rejected.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastpref.checks import check_device, check_integers, check_shape, refuse
+
+
+def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> int:
+    """Refuse labels that are not stacked pairs; the number of sequences, 2B."""
+    check_integers("labels", labels)
+    if cu_seqlens is None:
+        if labels.dim() != 2 or labels.shape[0] % 2 or not labels.shape[0]:
+            refuse(
+                "labels",
+                "shape (2B, T) with chosen rows first and as many rejected rows after them "
+                "(or flat labels with cu_seqlens)",
+                tuple(labels.shape),
+            )
+        return labels.shape[0]
+    check_integers("cu_seqlens", cu_seqlens)
+    check_device("cu_seqlens", cu_seqlens, "labels", labels)
+    if labels.dim() != 1:
+        refuse("labels", "shape (N,) with cu_seqlens", tuple(labels.shape))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
+        refuse("cu_seqlens", "shape (2B + 1,), B pairs", tuple(cu_seqlens.shape))
+    if not torch.compiler.is_compiling():
+        _check_boundaries(labels, cu_seqlens, ignore_index)
+    return cu_seqlens.shape[0] - 1
+
+
+def check_per_sequence(name: str, values: Tensor, sequences: int, labels: Tensor) -> None:
+    """Refuse anything but one number a sequence on the device of the labels."""
+    check_shape(name, values, (sequences,), "(2B,), one number a sequence")
+    check_device(name, values, "labels", labels)
+
+
+def check_states(name: str, states: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse per-state tensors that lack the state after the last token.
+
+    ``states`` is (2B, T + 1, ...) beside labels (2B, T), or (N, ...) beside packed labels (N,).
+    """
+    expected = labels.shape if cu_seqlens is not None else (labels.shape[0], labels.shape[1] + 1)
+    meaning = (
+        "one position for each of the packed labels"
+        if cu_seqlens is not None
+        else "(2B, T + 1, ...), one position more than labels: the state after the last token"
+    )
+    if not isinstance(states, Tensor) or tuple(states.shape[: len(expected)]) != tuple(expected):
+        got = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+        refuse(name, f"leading shape {tuple(expected)} ({meaning})", got)
+    check_device(name, states, "labels", labels)
+
+
+def labels_of_states(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """One label a state: padded labels (2B, T) get the last state's, ``ignore_index``."""
+    return labels if cu_seqlens is not None else pad(labels, (0, 1), value=ignore_index)
+
+
+def sequence_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sum (2B, T) or packed (N,) numbers over each sequence: (2B,)."""
+    if cu_seqlens is None:
+        return values.sum(-1)
+    sums = values.new_zeros(cu_seqlens.shape[0] - 1)
+    return sums.index_add(0, _sequence_of_position(values, cu_seqlens), values)
+
+
+def last_position(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where ``mask`` (2B, T) or packed (N,) is last True, (2B,), counted along the last dimension.
+
+    -1 for a sequence without any.
+    """
+    position = torch.arange(mask.shape[-1], device=mask.device)
+    position = torch.where(mask, position, -1)
+    if cu_seqlens is None:
+        return position.amax(-1)
+    last = position.new_full((cu_seqlens.shape[0] - 1,), -1)
+    return last.scatter_reduce(0, _sequence_of_position(mask, cu_seqlens), position, "amax")
+
+
+def offsets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each sequence starts and the last one ends, (2B + 1,), in flattened labels."""
+    if cu_seqlens is not None:
+        return cu_seqlens
+    return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1]
+
+
+def _sequence_of_position(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    positions = torch.arange(values.shape[0], device=values.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], positions, right=True)
+
+
+def _check_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> None:
+    """Check the values of ``cu_seqlens``, which costs one read by the host."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    filled = ends > starts
+    last_label = labels[(ends - 1).clamp(0, max(labels.shape[0] - 1, 0))] if len(labels) else ends
+    problems = torch.stack(
+        (
+            cu_seqlens[0] != 0,
+            cu_seqlens[-1] != labels.shape[0],
+            (ends < starts).any(),
+            (filled & (last_label != ignore_index)).any(),
+        )
+    ).tolist()
+    if any(problems[:3]):
+        refuse(
+            "cu_seqlens",
+            f"boundaries that never fall, from 0 to {labels.shape[0]}, the length of labels",
+            cu_seqlens.tolist(),
+        )
+    if problems[3]:
+        refuse(
+            "labels",
+            f"{ignore_index} (ignore_index) at the last position of every packed sequence, "
+            "which predicts nothing",
+            "a token there",
+        )

@@ -1,0 +1,178 @@
+"""The teacher's side of TVKD: soft values of its states, and the shaping they give a response."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastpref.checks import check_choice, check_floating, check_number
+from fastpref.ops.head import call_head
+from fastpref.sequences import (
+    check_pairs,
+    check_states,
+    labels_of_states,
+    last_position,
+    sequence_sum,
+)
+
+Terminal = Literal["bootstrap", "zero"]
+Form = Literal["difference", "next_value"]
+
+
+def teacher_shaping(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    gamma: float = 1.0,
+    terminal: Terminal = "bootstrap",
+    form: Form = "difference",
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    compact: bool = True,
+) -> Tensor:
+    r"""Sum of the teacher's potential-based shaping over every response, without the logits.
+
+    .. math:: \Psi(y) = \sum_t \gamma V(s_{t+1}) - V(s_t), \qquad
+              V(s) = \tau \log \sum_a \exp(Q(s, a) / \tau)
+
+    TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025). With ``gamma=1`` the sum
+    telescopes, so the head is read at two positions a run of labels, not at all of them. Runs
+    without gradients: a teacher is frozen.
+
+    Args:
+        hidden: (2B, T + 1, H) the teacher's hidden states *unshifted*, the one after the last token
+            included, or packed (N, H); float64, float32, float16 or bfloat16.
+        weight: (V, H) the teacher's head, in the dtype of ``hidden``.
+        labels: (2B, T) integers, already shifted: ``labels[:, t]`` is the token that
+            ``hidden[:, t]`` predicts; or packed (N,). A response with gaps telescopes run by run.
+        temperature: :math:`\tau`, in the unit of the logits.
+        gamma: Discount.
+        terminal: The value after the last token: ``"bootstrap"`` is the teacher's own, ``"zero"``
+            is the textbook's end of an episode. With ``"zero"``, ``gamma=1`` and a shared prompt
+            the shaping of chosen and rejected is the same, and TVKD has no teacher signal left.
+        form: ``"difference"`` is the formula above. ``"next_value"`` is what the authors' released
+            code trains: :math:`\sum_t \gamma V(s_{t+1})`, the last value always zero.
+        cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
+        bias: (V,) or None.
+        logit_scale: Multiplies the projection, as in Cohere and Granite.
+        softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
+        ignore_index: The label of positions outside the response.
+        compact: Read the head at needed positions only; see `linear_logps`.
+
+    Returns:
+        (2B,) shaping in the unit of the logits, float32 (float64 for float64 inputs); 0 for a
+        sequence without labels.
+
+    Raises:
+        ValueError: ``hidden`` without the extra position, rows that are not pairs, shapes, devices
+            or dtypes that do not fit, a number that is not finite or out of range.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(50, 8)
+        >>> labels = torch.tensor([[-100, 7, 8, 9], [-100, 3, 4, -100]])
+        >>> teacher_shaping(hidden, weight, labels).shape
+        torch.Size([2])
+    """
+    check_pairs(labels, cu_seqlens, ignore_index)
+    check_states("hidden", hidden, labels, cu_seqlens)
+    coefficients = _value_coefficients(labels, gamma, terminal, form, ignore_index, cu_seqlens)
+    with torch.no_grad():
+        # The label 0 stands for any: all that counts is where the head is read.
+        _, lse = call_head(
+            hidden,
+            weight,
+            torch.where(coefficients != 0, 0, -1),
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=-1,
+            compact=compact,
+        )
+        return _weighted_sum(lse * temperature, coefficients, cu_seqlens)
+
+
+def shaping_from_values(
+    values: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float = 1.0,
+    terminal: Terminal = "bootstrap",
+    form: Form = "difference",
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""Sum of potential-based shaping over every response, from values that are already there.
+
+    .. math:: \Psi(y) = \sum_t \gamma V(s_{t+1}) - V(s_t)
+
+    TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025).
+
+    Args:
+        values: (2B, T + 1) the value of every state, the one after the last token included, or
+            packed (N,); floating point. Positions that no label needs may hold anything.
+        labels: (2B, T) integers, already shifted, or packed (N,).
+        gamma: Discount.
+        terminal: As in `teacher_shaping`.
+        form: As in `teacher_shaping`.
+        cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
+        ignore_index: The label of positions outside the response.
+
+    Returns:
+        (2B,) shaping in the unit and dtype of ``values``; 0 for a sequence without labels.
+
+    Raises:
+        ValueError: ``values`` without the extra position, rows that are not pairs, a number that is
+            not finite or out of range.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 2.0, 4.0], [1.0, 3.0, 9.0]])
+        >>> shaping_from_values(values, torch.tensor([[5, 6], [7, -100]]))
+        tensor([3., 2.])
+    """
+    check_pairs(labels, cu_seqlens, ignore_index)
+    check_floating("values", values)
+    check_states("values", values, labels, cu_seqlens)
+    coefficients = _value_coefficients(labels, gamma, terminal, form, ignore_index, cu_seqlens)
+    return _weighted_sum(values, coefficients, cu_seqlens)
+
+
+def _value_coefficients(
+    labels: Tensor,
+    gamma: float,
+    terminal: Terminal,
+    form: Form,
+    ignore_index: int,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """How often each state's value counts in the shaping: (2B, T + 1), or packed (N,).
+
+    Where ``gamma`` is 1 the two terms of a state inside a response cancel to exactly 0.
+    """
+    check_number("gamma", gamma, at_least=0)
+    check_choice("terminal", terminal, ("bootstrap", "zero"))
+    check_choice("form", form, ("difference", "next_value"))
+    mask = labels_of_states(labels, cu_seqlens, ignore_index) != ignore_index
+    bootstrapped = mask
+    if terminal == "zero" or form == "next_value":
+        positions = torch.arange(mask.shape[-1], device=mask.device)
+        last = last_position(mask, cu_seqlens)
+        is_last = (
+            positions == last.unsqueeze(1) if cu_seqlens is None else torch.isin(positions, last)
+        )
+        bootstrapped = mask & ~is_last
+    arrived_at = gamma * pad(bootstrapped[..., :-1].to(torch.float64), (1, 0))
+    return arrived_at - mask.to(torch.float64) if form == "difference" else arrived_at
+
+
+def _weighted_sum(values: Tensor, coefficients: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    weighted = torch.where(coefficients != 0, coefficients.to(values.dtype) * values, 0)
+    return sequence_sum(weighted, cu_seqlens)
