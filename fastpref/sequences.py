@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastpref.checks import check_device, check_integers, check_shape, refuse
+from fastpref.checks import check_device, check_floating, check_integers, check_shape, refuse
 
 
-def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> int:
-    """Refuse labels that are not stacked pairs; the number of sequences, 2B."""
+def check_pairs(
+    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Refuse labels that are not stacked pairs.
+
+    Returns labels and boundaries as int64, which holds any ``ignore_index``, and the number of
+    sequences, 2B.
+    """
     check_integers("labels", labels)
+    labels = labels.to(torch.int64)
     if cu_seqlens is None:
         if labels.dim() != 2 or labels.shape[0] % 2 or not labels.shape[0]:
             refuse(
@@ -25,38 +32,44 @@ def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
                 "(or flat labels with cu_seqlens)",
                 tuple(labels.shape),
             )
-        return labels.shape[0]
+        return labels, None, labels.shape[0]
     check_integers("cu_seqlens", cu_seqlens)
     check_device("cu_seqlens", cu_seqlens, "labels", labels)
-    if labels.dim() != 1:
-        refuse("labels", "shape (N,) with cu_seqlens", tuple(labels.shape))
+    if labels.dim() != 1 or not labels.shape[0]:
+        refuse("labels", "shape (N,), N above 0, with cu_seqlens", tuple(labels.shape))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
         refuse("cu_seqlens", "shape (2B + 1,), B pairs", tuple(cu_seqlens.shape))
+    cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     if not torch.compiler.is_compiling():
         _check_boundaries(labels, cu_seqlens, ignore_index)
-    return cu_seqlens.shape[0] - 1
+    return labels, cu_seqlens, cu_seqlens.shape[0] - 1
 
 
 def check_per_sequence(name: str, values: Tensor, sequences: int, labels: Tensor) -> None:
-    """Refuse anything but one number a sequence on the device of the labels."""
+    """Refuse anything but one floating-point number a sequence on the device of the labels."""
+    check_floating(name, values)
     check_shape(name, values, (sequences,), "(2B,), one number a sequence")
     check_device(name, values, "labels", labels)
 
 
-def check_states(name: str, states: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
+def check_states(
+    name: str, states: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *, vectors: bool
+) -> None:
     """Refuse per-state tensors that lack the state after the last token.
 
-    ``states`` is (2B, T + 1, ...) beside labels (2B, T), or (N, ...) beside packed labels (N,).
+    ``states`` is (2B, T + 1) beside labels (2B, T), or (N,) beside packed labels (N,); with
+    ``vectors`` it has a last dimension more, H.
     """
-    expected = labels.shape if cu_seqlens is not None else (labels.shape[0], labels.shape[1] + 1)
-    meaning = (
-        "one position for each of the packed labels"
-        if cu_seqlens is not None
-        else "(2B, T + 1, ...), one position more than labels: the state after the last token"
-    )
-    if not isinstance(states, Tensor) or tuple(states.shape[: len(expected)]) != tuple(expected):
-        got = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
-        refuse(name, f"leading shape {tuple(expected)} ({meaning})", got)
+    check_floating(name, states)
+    leading = labels.shape if cu_seqlens is not None else (labels.shape[0], labels.shape[1] + 1)
+    if states.dim() != len(leading) + vectors or tuple(states.shape[: len(leading)]) != leading:
+        meaning = (
+            "one position for each of the packed labels"
+            if cu_seqlens is not None
+            else "one position more than labels, the state after the last token"
+        )
+        sizes = ", ".join([*map(str, leading), *(["H"] if vectors else [])])
+        refuse(name, f"shape ({sizes}) ({meaning})", tuple(states.shape))
     check_device(name, states, "labels", labels)
 
 
@@ -102,7 +115,7 @@ def _check_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> 
     """Check the values of ``cu_seqlens``, which costs one read by the host."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     filled = ends > starts
-    last_label = labels[(ends - 1).clamp(0, max(labels.shape[0] - 1, 0))] if len(labels) else ends
+    last_label = labels[(ends - 1).clamp(0, labels.shape[0] - 1)]
     problems = torch.stack(
         (
             cu_seqlens[0] != 0,

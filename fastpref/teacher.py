@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastpref.checks import check_choice, check_floating, check_number
+from fastpref.checks import check_choice, check_number
 from fastpref.ops.head import call_head
 from fastpref.sequences import (
     check_pairs,
@@ -81,8 +81,8 @@ def teacher_shaping(
         >>> teacher_shaping(hidden, weight, labels).shape
         torch.Size([2])
     """
-    check_pairs(labels, cu_seqlens, ignore_index)
-    check_states("hidden", hidden, labels, cu_seqlens)
+    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
+    check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
     coefficients = _value_coefficients(labels, gamma, terminal, form, ignore_index, cu_seqlens)
     with torch.no_grad():
         # The label 0 stands for any: all that counts is where the head is read.
@@ -138,9 +138,8 @@ def shaping_from_values(
         >>> shaping_from_values(values, torch.tensor([[5, 6], [7, -100]]))
         tensor([3., 2.])
     """
-    check_pairs(labels, cu_seqlens, ignore_index)
-    check_floating("values", values)
-    check_states("values", values, labels, cu_seqlens)
+    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
+    check_states("values", values, labels, cu_seqlens, vectors=False)
     coefficients = _value_coefficients(labels, gamma, terminal, form, ignore_index, cu_seqlens)
     return _weighted_sum(values, coefficients, cu_seqlens)
 

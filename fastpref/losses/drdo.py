@@ -89,13 +89,15 @@ def drdo_loss(
         >>> rewards.grad
         tensor([-4.,  4.])
     """
-    sequences = check_pairs(labels, cu_seqlens, ignore_index)
+    labels, cu_seqlens, sequences = check_pairs(labels, cu_seqlens, ignore_index)
     check_number("alpha", alpha, at_least=0)
     check_number("gamma", gamma, at_least=0)
     check_per_sequence("student_rewards", student_rewards, sequences, labels)
     check_per_sequence("oracle_rewards", oracle_rewards, sequences, labels)
 
-    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head_options)
+    logps = linear_logps(
+        hidden, weight, labels, ignore_index=ignore_index, return_lse=False, **head_options
+    )
     mask = labels != ignore_index
     student_rewards = student_rewards.to(logps.dtype)
     oracle_rewards = oracle_rewards.to(logps.dtype)

@@ -87,7 +87,7 @@ def tvkd_loss(
         >>> hidden.grad.shape, out.chosen_logps.shape
         (torch.Size([2, 3, 8]), torch.Size([1]))
     """
-    sequences = check_pairs(labels, cu_seqlens, ignore_index)
+    labels, cu_seqlens, sequences = check_pairs(labels, cu_seqlens, ignore_index)
     check_number("beta", beta, above=0)
     check_number("alpha", alpha)
     check_number("label_smoothing", label_smoothing, at_least=0, at_most=0.5)
@@ -100,7 +100,9 @@ def tvkd_loss(
         check_shape("token_weights", token_weights, labels.shape, "like labels")
         check_device("token_weights", token_weights, "labels", labels)
 
-    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head_options)
+    logps = linear_logps(
+        hidden, weight, labels, ignore_index=ignore_index, return_lse=False, **head_options
+    )
     mask = labels != ignore_index
     shaping = shaping.to(logps.dtype)
     ref_logps = None if ref_logps is None else ref_logps.to(logps.dtype)

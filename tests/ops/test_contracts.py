@@ -1,0 +1,138 @@
+"""What PyTorch expects of an operator: gradients, fakes, compilation, autocast, layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fastpref
+from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
+
+LABELS = torch.tensor([3, -100, 0, 10])
+
+
+def leaves(dtype: torch.dtype, *, trained: bool) -> list[torch.Tensor]:
+    hidden = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=dtype, requires_grad=trained)
+    bias = torch.randn(11, dtype=dtype, requires_grad=trained)
+    return [hidden, weight, bias]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(trained, softcap):
+    def logps_and_lse(hidden, weight, bias):
+        return fastpref.linear_logps(
+            hidden, weight, LABELS, bias=bias, softcap=softcap, temperature=0.7, return_lse=True
+        )
+
+    def logsumexp(hidden, weight, bias):
+        return fastpref.linear_logsumexp(hidden, weight, bias=bias, softcap=softcap)
+
+    for function in (logps_and_lse, logsumexp):
+        assert torch.autograd.gradcheck(function, leaves(torch.float64, trained=trained))
+
+
+@pytest.mark.parametrize("jacobian", [False, True])
+@pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "no labels"])
+def test_opcheck_forward(jacobian, labels):
+    hidden, weight, bias = leaves(torch.float32, trained=not jacobian)
+    arguments = (hidden, weight, bias, labels, 1.5, 0.5, 3.0, -100, True, jacobian, 0)
+    opcheck(linear_logps_op, arguments)
+
+
+def test_opcheck_forward_with_a_cache():
+    hidden, weight, bias = leaves(torch.float32, trained=True)
+    labels = LABELS.clamp_min(0)  # with every row labelled the whole cache is written
+    opcheck(
+        linear_logps_op, (hidden, weight, bias, labels, 1.5, 0.5, 3.0, -100, True, False, 10**6)
+    )
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
+def test_opcheck_backward(wanted):
+    hidden, weight, bias = (leaf.detach() for leaf in leaves(torch.float32, trained=True))
+    arguments = (hidden, weight, bias, LABELS)
+    transform = (1.5, 0.5, 3.0, -100, True)
+    logps, lse, _, cache = linear_logps_op(*arguments, *transform, False, 100)
+    incoming = torch.randn(2, 4)
+    opcheck(
+        linear_logps_backward_op,
+        (incoming[0], incoming[1], *arguments, logps, lse, cache, *transform, *wanted),
+    )
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_compiles_without_graph_breaks(trained):
+    hidden, weight, bias = leaves(torch.float32, trained=trained)
+
+    def total(hidden, weight, bias):
+        return fastpref.linear_logps(hidden, weight, LABELS, bias=bias).square().sum()
+
+    wanted = [leaf for leaf in (hidden, weight, bias) if leaf.requires_grad]
+    expected = torch.autograd.grad(total(hidden, weight, bias), wanted)
+    compiled = torch.compile(total, fullgraph=True)
+    found = torch.autograd.grad(compiled(hidden, weight, bias), wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_casts_like_a_linear_layer(trained):
+    hidden, weight, bias = leaves(torch.float32, trained=trained)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fastpref.linear_logps(hidden, weight, LABELS, bias=bias)
+    found.sum().backward()
+    halves = [
+        leaf.detach().bfloat16().requires_grad_(leaf.requires_grad) for leaf in (hidden, weight)
+    ]
+    expected = fastpref.linear_logps(*halves, LABELS, bias=bias.detach().bfloat16())
+    torch.testing.assert_close(found, expected)
+    assert found.dtype == torch.float32
+    assert hidden.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_non_contiguous_inputs(trained):
+    hidden = torch.randn(6, 3, 10)[:, :, ::2].transpose(0, 1).requires_grad_()
+    weight = torch.randn(5, 11).T.requires_grad_(trained)
+    labels = torch.randint(0, 11, (6, 3)).T
+    found = fastpref.linear_logps(hidden, weight, labels)
+    copies = [
+        one.detach().contiguous().requires_grad_(one.requires_grad) for one in (hidden, weight)
+    ]
+    expected = fastpref.linear_logps(*copies, labels.contiguous())
+    torch.testing.assert_close(found, expected)
+    incoming = torch.randn(3, 6)
+    found.backward(incoming)
+    expected.backward(incoming)
+    for one, other in zip((hidden, weight), copies, strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_retained_graph_gives_the_same_gradients_again(trained):
+    hidden, weight, bias = leaves(torch.float32, trained=trained)
+    logps = fastpref.linear_logps(hidden, weight, LABELS, bias=bias, scratch_bytes=10**6)
+    first = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
+    second = torch.autograd.grad(logps.sum(), hidden)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_only_the_head_trains():
+    _, weight, bias = leaves(torch.float32, trained=True)
+    hidden = torch.randn(4, 5)
+    fastpref.linear_logps(hidden, weight, LABELS, bias=bias).sum().backward()
+    expected = [one.grad.clone() for one in (weight, bias)]
+    weight.grad = bias.grad = None
+    fastpref.linear_logps(hidden.requires_grad_(), weight, LABELS, bias=bias).sum().backward()
+    for one, other in zip((weight, bias), expected, strict=True):
+        torch.testing.assert_close(one.grad, other)
+
+
+def test_integer_labels_of_any_width():
+    hidden, weight, _ = leaves(torch.float32, trained=False)
+    found = fastpref.linear_logps(hidden, weight, LABELS.to(torch.int32))
+    torch.testing.assert_close(found, fastpref.linear_logps(hidden, weight, LABELS))

@@ -1,0 +1,91 @@
+"""What each path costs, counted and not timed: matrix products and the peak of allocations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import fastpref
+from fastpref.ops import tiling
+
+ROWS, WIDTH, VOCAB = 256, 16, 6000
+PASS = 2 * ROWS * WIDTH * VOCAB
+
+
+def flops_of(run: Callable[[], None]) -> int:
+    """Floating-point operations of all matrix products, those inside custom operators too."""
+    with profile(
+        activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True
+    ) as profiler:
+        run()
+    products = [event for event in profiler.events() if event.name in ("aten::mm", "aten::addmm")]
+    return sum(event.flops for event in products)
+
+
+def peak_bytes_of(run: Callable[[], None]) -> int:
+    """The most bytes that were allocated at once while running."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(accumulate(nbytes for _, nbytes in sorted(changes)), default=0)
+
+
+def train_step(
+    rows: int = ROWS, *, trained: bool, scratch_bytes: int = 0, ignored: int = 0
+) -> Callable[[], None]:
+    hidden = torch.randn(rows, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCAB, WIDTH, requires_grad=trained)
+    labels = torch.randint(0, VOCAB, (rows,))
+    labels[:ignored] = -100
+
+    def run() -> None:
+        fastpref.linear_logps(hidden, weight, labels, scratch_bytes=scratch_bytes).sum().backward()
+
+    return run
+
+
+def test_a_frozen_head_takes_two_matrix_products():
+    assert flops_of(train_step(trained=False)) == 2 * PASS
+
+
+def test_a_trained_head_takes_four_and_three_where_projections_fit():
+    assert flops_of(train_step(trained=True)) == 4 * PASS
+    assert flops_of(train_step(trained=True, scratch_bytes=4 * ROWS * VOCAB)) == 3 * PASS
+
+
+def test_no_gradient_takes_one():
+    hidden, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
+    labels = torch.randint(0, VOCAB, (ROWS,))
+    with torch.no_grad():
+        assert flops_of(lambda: fastpref.linear_logps(hidden, weight, labels)) == PASS
+        assert flops_of(lambda: fastpref.linear_logsumexp(hidden, weight)) == PASS
+
+
+def test_ignored_rows_cost_nothing():
+    assert flops_of(train_step(trained=False, ignored=ROWS // 2)) == PASS
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_is_far_below_the_logits_and_flat(trained, monkeypatch):
+    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 2**19)
+
+    def beyond_gradients(rows: int) -> int:
+        gradients = 4 * WIDTH * (rows + (VOCAB if trained else 0))
+        return peak_bytes_of(train_step(rows, trained=trained)) - gradients
+
+    small, large = beyond_gradients(ROWS), beyond_gradients(4 * ROWS)
+    assert large < 4 * (4 * ROWS) * VOCAB / 20
+    # What grows are a few numbers a row and a few copies of the hidden states.
+    assert large - small < 3 * ROWS * 4 * (4 * WIDTH + 16)
+
+
+def test_the_cache_stays_within_its_budget(monkeypatch):
+    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 2**19)
+    budget = 2**20
+    without = peak_bytes_of(train_step(trained=True))
+    assert peak_bytes_of(train_step(trained=True, scratch_bytes=budget)) <= without + budget

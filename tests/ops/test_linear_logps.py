@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_no_worse
+from heads import DTYPES, Head, heads, reference_logps, reference_logsumexp
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastpref
+from fastpref.ops import tiling
+
+
+def run(head: Head, **more: object) -> torch.Tensor:
+    return fastpref.linear_logps(
+        head.hidden, head.weight, head.labels, bias=head.bias, **head.options, **more
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    head=heads(),
+    trained=st.booleans(),
+    compact=st.booleans(),
+    scratch_bytes=st.sampled_from([0, 4000, 10**7]),
+)
+def test_equals_the_reference(dtype, head, trained, compact, scratch_bytes):
+    exact, plain, ours = (
+        head.to(torch.float64, trained=trained)
+        if kind == "exact"
+        else head.to(dtype, trained=trained)
+        for kind in ("exact", "plain", "ours")
+    )
+    # Rounding the inputs is not an error of the computation.
+    exact = ours.to(torch.float64, trained=trained)
+    expected, rough = reference_logps(exact), reference_logps(plain)
+    found = run(ours, compact=compact, scratch_bytes=scratch_bytes)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_no_worse(found, rough, expected, dtype)
+    assert (found[head.labels == head.options["ignore_index"]] == 0).all()
+
+    incoming = torch.randn(found.shape, dtype=torch.float64)
+    for values in (expected, rough, found):
+        values.backward(incoming.to(values.dtype))
+    for gradient, rough_gradient, exact_gradient in zip(
+        ours.gradients(), plain.gradients(), exact.gradients(), strict=True
+    ):
+        assert gradient.dtype == dtype
+        assert_no_worse(gradient, rough_gradient, exact_gradient, dtype)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@given(head=heads())
+def test_returns_a_differentiable_lse(trained, head):
+    exact, plain, ours = (
+        head.to(dtype, trained=trained) for dtype in (torch.float64, torch.float32, torch.float32)
+    )
+    valid = head.labels != head.options["ignore_index"]
+    logps, lse = run(ours, return_lse=True)
+    expected = [(reference_logps(one), reference_logsumexp(one) * valid) for one in (exact, plain)]
+    assert_no_worse(lse, expected[1][1], expected[0][1], torch.float32)
+    weights = torch.randn(2, *lse.shape)
+    for one in (*expected, (logps, lse)):
+        sum((w * values).sum() for w, values in zip(weights, one, strict=True)).backward()
+    for found in zip(ours.gradients(), plain.gradients(), exact.gradients(), strict=True):
+        assert_no_worse(*found, torch.float32)
+
+
+@given(head=heads(), trained=st.booleans(), scratch_bytes=st.sampled_from([0, 3000, 20000, 10**7]))
+def test_is_the_same_for_any_tiling(head, trained, scratch_bytes):
+    def logps_and_gradients() -> list[torch.Tensor]:
+        leaves = head.to(torch.float64, trained=trained)
+        logps = run(leaves, scratch_bytes=scratch_bytes)
+        logps.sum().backward()
+        return [logps.detach(), *leaves.gradients()]
+
+    whole = logps_and_gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiling, "ROWS_PER_TILE", 4)
+        patch.setattr(tiling, "CPU_TILE_BYTES", 1)
+        patch.setattr(tiling, "COLUMN_MULTIPLE", 16)
+        tiled = logps_and_gradients()
+    for one, other in zip(whole, tiled, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_certain_tokens_keep_their_digits():
+    """p(label) is 1 - 1e-9 and less: float32 logits lose it, the gradient and log-prob do not."""
+    weight = torch.eye(4)
+    hidden = torch.tensor([[22.0, 0, 0, 0], [40.0, 0, 0, 0]], requires_grad=True)
+    logps = fastpref.linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64))
+    exact = -torch.log1p(3 * torch.exp(-hidden.detach().double()[:, 0]))
+    torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=0)
+    logps.sum().backward()
+    torch.testing.assert_close(hidden.grad[:, 0].double(), -exact, rtol=1e-5, atol=0)
+
+
+def test_masked_vocabulary_counts_for_nothing():
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(10, 8)
+    bias = torch.zeros(10).index_fill_(0, torch.tensor([0, 1, 2, 8, 9]), -torch.inf)
+    labels = torch.tensor([3, 5, 7])
+    found = fastpref.linear_logps(hidden, weight, labels, bias=bias)
+    expected = reference_logps(Head(hidden, weight[3:8], None, labels - 3, {}))
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), hidden)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_all_ignored_gives_a_differentiable_zero(trained):
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(10, 8, requires_grad=trained)
+    logps = fastpref.linear_logps(hidden, weight, torch.full((4,), -100))
+    assert (logps == 0).all()
+    logps.sum().backward()
+    assert (hidden.grad == 0).all()
+    assert weight.grad is None or (weight.grad == 0).all()
+
+
+def test_without_compaction_a_bad_label_is_nan_and_the_rest_is_right():
+    if torch.get_default_device().type == "cpu":
+        hidden, weight = torch.randn(3, 8), torch.randn(10, 8)
+        labels = torch.tensor([3, 10, -100])
+        logps = fastpref.linear_logps(hidden, weight, labels, compact=False)
+        assert torch.isnan(logps[1])
+        expected = fastpref.linear_logps(hidden[:1], weight, labels[:1])
+        torch.testing.assert_close(logps[0], expected[0])
+        assert logps[2] == 0
+
+
+def test_no_rows_at_all():
+    hidden = torch.randn(0, 8, requires_grad=True)
+    logps = fastpref.linear_logps(hidden, torch.randn(5, 8), torch.zeros(0, dtype=torch.int64))
+    assert logps.shape == (0,)
+    logps.sum().backward()
