@@ -31,7 +31,9 @@ def check_number(
         if bound is not None
     ]
     expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(name, expected, repr(value))
+    if not -math.inf < value < math.inf:  # torch.compile does not trace math.isfinite
         refuse(name, expected, repr(value))
     if (
         (above is not None and value <= above)

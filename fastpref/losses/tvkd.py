@@ -148,7 +148,8 @@ def _tvkd_pairs(
     sums = sequence_sums(logps, mask, cu_seqlens)
     weighted = sums.logps
     if token_weights is not None:
-        weighted = sequence_sum(torch.where(mask, token_weights * logps, 0), cu_seqlens)
+        # Weights are masked, not products: an ignored token's may be NaN, and would be in gradients.
+        weighted = sequence_sum(torch.where(mask, token_weights, 0) * logps, cu_seqlens)
     if ref_logps is not None:
         weighted = weighted - ref_logps
     values = beta * weighted - alpha * shaping

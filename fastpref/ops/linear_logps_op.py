@@ -120,27 +120,26 @@ def linear_logps_backward_op(
     if count == 0:
         return hidden_gradient.zero_(), weight_gradient.zero_(), bias_gradient.zero_()
 
-    from_lse = _take(lse_gradient, rows) if lse_gradient is not None else torch.zeros_like(lse[:1])
-    probability_coefficients = from_lse.expand(count)
-    label_coefficients = torch.zeros_like(probability_coefficients)
+    lse = _take(lse, rows)
+    from_lse = _incoming(lse_gradient, rows, lse)
+    probability_coefficients, label_coefficients = from_lse, torch.zeros_like(from_lse)
     if labels is not None:
         labels, logps = _take(labels, rows), _take(logps, rows)
-        from_logps = (
-            _take(logps_gradient, rows) if logps_gradient is not None else torch.zeros_like(logps)
-        )
-        ignored = labels == ignore_index
-        probability_coefficients = (from_lse - from_logps).masked_fill(ignored, 0)
+        from_logps = _incoming(logps_gradient, rows, lse)
+        if not compact:
+            from_lse, from_logps = (
+                one.masked_fill(labels == ignore_index, 0) for one in (from_lse, from_logps)
+            )
+        probability_coefficients = from_lse - from_logps
         label_coefficients = from_lse * logps.exp() - from_logps * torch.expm1(logps)
-    total = torch.empty(
-        count, hidden.shape[1] if wants_hidden else 0, dtype=lse.dtype, device=lse.device
-    )
+    total = lse.new_empty(count, hidden.shape[1] if wants_hidden else 0)
     gradients(
         _take(hidden, rows),
         weight,
         bias,
         labels,
         LogitTransform(temperature, logit_scale, softcap),
-        _take(lse, rows),
+        lse,
         probability_coefficients,
         label_coefficients,
         cache=cache,
@@ -190,11 +189,12 @@ def _backward(
     hidden, weight, bias, labels, logps, lse, jacobian, cache = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
     nothing = (None,) * 8
-    first, second = (
-        (lse_gradient, logps_gradient) if labels is None else (logps_gradient, lse_gradient)
-    )
-    if jacobian.numel() and second is None and first is not None:
-        return (first.unsqueeze(1) * jacobian).to(hidden.dtype), None, None, *nothing
+    # The Jacobian is that of the log-probabilities, or without labels of the logsumexp.
+    own, other = logps_gradient, lse_gradient
+    if labels is None:
+        own, other = other, own
+    if jacobian.numel() and own is not None and other is None:
+        return (own.unsqueeze(1) * jacobian).to(hidden.dtype), None, None, *nothing
     found = linear_logps_backward_op(
         logps_gradient, lse_gradient, hidden, weight, bias, labels, logps, lse, cache,
         *ctx.transform, ctx.ignore_index, ctx.compact, *wanted,
@@ -241,6 +241,11 @@ def _rows(labels: Tensor | None, weight: Tensor, ignore_index: int, compact: boo
 
 def _take(values: Tensor, rows: Tensor | None) -> Tensor:
     return values if rows is None else values.index_select(0, rows)
+
+
+def _incoming(gradient: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient (n,) of some rows' numbers: zeros where none came, contiguous for kernels."""
+    return torch.zeros_like(like) if gradient is None else _take(gradient, rows).contiguous()
 
 
 def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:

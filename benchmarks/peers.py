@@ -1,0 +1,117 @@
+"""The ways to compute the TVKD loss that the benchmarks compare, one small function each.
+
+Every function takes the same tensors and returns the scalar loss, ready for `backward()`:
+`hidden` (2B, T, H), `weight` (V, H), `labels` (2B, T), `shaping` (2B,), rows 0..B-1 chosen. Each
+imports its library inside, so that a measured process loads only what it measures and a library
+that is not installed shows as an `ImportError` of its own row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BETA = 0.01  # the TVKD authors' value; at 0.1 the sigmoid of such long responses saturates
+IGNORE = -100
+
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to compute the loss, and what it can do."""
+
+    name: str
+    loss: LossFunction
+    takes_shaping: bool = True  # False: it computes DPO without a reference, which is alpha = 0
+    heads: tuple[str, ...] = ("frozen", "trained")
+
+
+def tvkd(logps: Tensor, shaping: Tensor, alpha: float = 1.0) -> Tensor:
+    """TVKD loss of summed log-probabilities (2B,) and summed shaping (2B,)."""
+    chosen, rejected = (BETA * logps - alpha * shaping).chunk(2)
+    return -functional.logsigmoid(chosen - rejected).mean()
+
+
+def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """Plain PyTorch: all (2B, T, V) logits at once, log-softmax in float32, gather."""
+    logps = torch.log_softmax(hidden @ weight.T, dim=-1, dtype=torch.float32)
+    token_logps = logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return tvkd(token_logps.sum(-1), shaping)
+
+
+def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """PyTorch's own chunked loss, with the options that it chooses itself."""
+    from torch.nn import LinearCrossEntropyOptions
+
+    losses = functional.linear_cross_entropy(
+        hidden.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        reduction="none",
+        options=LinearCrossEntropyOptions(),
+    )
+    return tvkd(-losses.float().view_as(labels).sum(-1), shaping)
+
+
+def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """TRL's chunked log-probabilities, called as its trainers call it."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    vocabulary_chunk = 32_768  # what TRL's trainers pass
+    temperature, softcap, logit_scale = 1.0, None, 1.0
+    logps, *_ = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, 1),
+        weight,
+        None,
+        labels.flatten(),
+        temperature,
+        vocabulary_chunk,
+        softcap,
+        logit_scale,
+        ("log_probs",),
+    )
+    return tvkd(logps.view_as(labels).sum(-1), shaping)
+
+
+def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """Liger's fused DPO loss, one pair at a time as by default, without a reference."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    # Not compiled: compiling is a choice of its own, and no other peer here is compiled.
+    dpo = LigerFusedLinearDPOLoss(
+        ignore_index=IGNORE, beta=BETA, use_ref_model=False, compiled=False, chunk_size=1
+    )
+    loss: Tensor = dpo(weight, hidden, labels)[0]
+    return loss
+
+
+def fastpref(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """Call fastpref as it comes."""
+    from fastpref import tvkd_loss
+
+    return tvkd_loss(hidden, weight, labels, shaping, beta=BETA).loss
+
+
+def fastpref_scratch(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """Call fastpref with leave to keep 512 MiB of logits for the backward pass."""
+    from fastpref import tvkd_loss
+
+    return tvkd_loss(hidden, weight, labels, shaping, beta=BETA, scratch_bytes=512 * 2**20).loss
+
+
+BASELINE = "full logits"
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(BASELINE, full_logits),
+        Peer("torch linear_cross_entropy", torch_chunked),
+        Peer("TRL ChunkedLogProb", trl_chunked),
+        Peer("Liger fused DPO", liger_dpo, takes_shaping=False),
+        Peer("fastpref", fastpref),
+        # A frozen head needs no second look at the logits, so scratch changes nothing there.
+        Peer("fastpref, 512 MiB scratch", fastpref_scratch, heads=("trained",)),
+    )
+}
