@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from itertools import accumulate
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from counting import flops_of, peak_bytes_of
 
 import fastpref
 from fastpref.ops import tiling
@@ -19,25 +18,6 @@ pytestmark = pytest.mark.skipif(
 
 ROWS, WIDTH, VOCAB = 256, 16, 6000
 PASS = 2 * ROWS * WIDTH * VOCAB
-
-
-def flops_of(run: Callable[[], None]) -> int:
-    """Floating-point operations of all matrix products, those inside custom operators too."""
-    with profile(
-        activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True
-    ) as profiler:
-        run()
-    products = [event for event in profiler.events() if event.name in ("aten::mm", "aten::addmm")]
-    return sum(event.flops for event in products)
-
-
-def peak_bytes_of(run: Callable[[], None]) -> int:
-    """The most bytes that were allocated at once while running."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = profiler.profiler.kineto_results.events()
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    return max(accumulate(nbytes for _, nbytes in sorted(changes)), default=0)
 
 
 def train_step(
