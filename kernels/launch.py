@@ -1,0 +1,58 @@
+"""What every launcher shares: the configurations that ship, and the device to launch on."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elementwise kernels. A block holds at least one element for each thread: with fewer, threads share
+# an element, and one could read it after another has overwritten it in place.
+ELEMENTS = 1024
+ELEMENT_WARPS = 4
+
+
+class ProjectionConfig(NamedTuple):
+    """Tile shape and launch options of a kernel built on `hidden @ weight.T`."""
+
+    block_rows: int
+    block_vocab: int
+    block_hidden: int
+    num_warps: int
+    num_stages: int
+
+
+def backend() -> str:
+    """Name the compiler that this build of torch launches on: "hip" for ROCm, else "cuda"."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+def projection_config(hidden: Tensor, weight: Tensor, n_rows: int) -> ProjectionConfig:
+    """Choose the shipped configuration for `n_rows` rows of `hidden` (N, H) @ `weight.T` (H, V).
+
+    Few rows (a teacher is read at two positions a sequence) are bound by reading the weight, so
+    their tiles are short and their pipeline deep; many rows are bound by arithmetic. Float32 is
+    multiplied in full precision without tensor cores and needs its registers for operands. So do
+    operands that cannot be read 16 bytes at a time: nothing copies these past the registers.
+    """
+    few = n_rows <= 64
+    if hidden.dtype == torch.float32:
+        config = ProjectionConfig(32, 32, 32, 4, 3) if few else ProjectionConfig(64, 64, 16, 8, 3)
+    elif not (_is_vectorizable(hidden) and _is_vectorizable(weight)):
+        config = ProjectionConfig(64, 64, 32, 4, 3)
+    elif few:
+        config = ProjectionConfig(64, 128, 64, 4, 4)
+    else:
+        config = ProjectionConfig(128, 128, 64, 8, 3)
+    # CDNA has 64 KiB of shared memory, and its compiler keeps one more stage in registers.
+    return config._replace(num_stages=2) if backend() == "hip" else config
+
+
+def _is_vectorizable(matrix: Tensor) -> bool:
+    # Triton knows of no alignment but to multiples of 16: bytes of a pointer, elements of a stride.
+    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` current, as Triton launches on the current one whatever its arguments say."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
