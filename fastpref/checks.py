@@ -81,8 +81,6 @@ def check_integers(name: str, tensor: Tensor) -> None:
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Refuse hidden states (..., H) and a head (V, H), (V,) that do not fit together."""
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
     if hidden.dim() < 1:
         refuse("hidden", "shape (..., H)", tuple(hidden.shape))
     if weight.dim() != 2 or 0 in weight.shape:
@@ -95,7 +93,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     same_as_hidden = [("weight", weight)]
     if bias is not None:
-        check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],), "(V,)")
         same_as_hidden.append(("bias", bias))
     for name, tensor in same_as_hidden:

@@ -148,7 +148,7 @@ def _tvkd_pairs(
     sums = sequence_sums(logps, mask, cu_seqlens)
     weighted = sums.logps
     if token_weights is not None:
-        # Weights are masked, not products: an ignored token's may be NaN, and would be in gradients.
+        # Masks the weights, not the products: an ignored token's NaN would be in the gradients.
         weighted = sequence_sum(torch.where(mask, token_weights, 0) * logps, cu_seqlens)
     if ref_logps is not None:
         weighted = weighted - ref_logps

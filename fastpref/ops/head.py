@@ -20,7 +20,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_head, check_number, refuse
+from fastpref.checks import check_floating, check_head, check_number, refuse
 from fastpref.ops.linear_logps_op import linear_logps_op
 
 
@@ -53,8 +53,14 @@ def call_head(
     check_number("logit_scale", logit_scale)
     if softcap is not None:
         check_number("softcap", softcap, above=0)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        refuse("ignore_index", "an integer", repr(ignore_index))
     if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
         refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if bias is not None:
+        check_floating("bias", bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_head(hidden, weight, bias)
 
@@ -81,7 +87,7 @@ def _autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What ``torch.nn.functional.linear`` does to its arguments under autocast."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+    if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_device, check_integers, check_shape
+from fastpref.checks import check_device, check_floating, check_integers, check_shape
 from fastpref.ops.head import call_head
 
 
@@ -98,10 +98,11 @@ def linear_logps(
         >>> weight = torch.randn(50, 8)
         >>> labels = torch.tensor([[4, 9, -100], [1, 2, 3]])
         >>> logps = linear_logps(hidden, weight, labels)
-        >>> logps.shape, float(logps[0, 2])
+        >>> logps.shape, logps[0, 2].item()
         (torch.Size([2, 3]), 0.0)
         >>> logps.sum().backward()
     """
+    check_floating("hidden", hidden)
     check_integers("labels", labels)
     check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
     check_device("labels", labels, "hidden", hidden)

@@ -1,0 +1,428 @@
+"""Every refusal names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+
+HEADED = ("linear_logps", "linear_logsumexp", "tvkd_loss", "drdo_loss", "teacher_shaping")
+LOSSES = ("tvkd_loss", "drdo_loss")
+OF_STATES = ("teacher_shaping", "shaping_from_values", "sequence_rewards")
+OF_PAIRS = (*LOSSES, *OF_STATES)
+PER_SEQUENCE = [
+    ("tvkd_loss", "shaping"),
+    ("tvkd_loss", "ref_logps"),
+    ("drdo_loss", "student_rewards"),
+    ("drdo_loss", "oracle_rewards"),
+]
+META = torch.device("meta")
+
+
+def arguments(name: str, *, packed: bool = False) -> dict[str, Any]:
+    """Four sequences of three labels, H = 8, V = 20, that ``name`` accepts."""
+    labels = torch.tensor([[1, 2, 3], [-100, 4, -100], [5, -100, 6], [-100, 7, 8]])
+    rewards = [torch.zeros(2), torch.zeros(2), torch.zeros(2)]
+    if name == "oracle_loss":
+        named = zip(("chosen_rewards", "rejected_rewards", "chosen_logps"), rewards, strict=True)
+        return {**dict(named), "sft_weight": 0.1}
+    positions = (16,) if packed else (4, 4 if name in OF_STATES else 3)
+    found: dict[str, Any] = {"hidden": torch.randn(*positions, 8), "labels": labels}
+    if packed:
+        found["labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100).reshape(-1)
+        found["cu_seqlens"] = torch.arange(5) * 4
+    if name in HEADED:
+        found["weight"] = torch.randn(20, 8)
+    if name == "linear_logsumexp":
+        del found["labels"]
+    if name == "tvkd_loss":
+        found["shaping"] = torch.zeros(4)
+    if name == "drdo_loss":
+        found |= {"student_rewards": torch.zeros(4), "oracle_rewards": torch.zeros(4)}
+    if name == "sequence_rewards":
+        found["head_weight"] = torch.randn(1, 8)
+    if name == "shaping_from_values":
+        found["values"] = found.pop("hidden")[..., 0]
+    return found
+
+
+def refused(
+    name: str,
+    argument: str,
+    expected: str,
+    got: str,
+    *,
+    packed: bool = False,
+    **changes: Any,
+) -> None:
+    """``name`` refuses ``changes`` to its arguments in these words."""
+    with pytest.raises(ValueError) as caught:
+        getattr(fastpref, name)(**{**arguments(name, packed=packed), **changes})
+    message = str(caught.value)
+    named, _, rest = message.partition(": expected ")
+    wanted, _, came = rest.rpartition(", got ")
+    assert named == argument, message
+    assert expected in wanted, message
+    assert got in came, message
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_good_input_is_taken(name, packed):
+    getattr(fastpref, name)(**arguments(name, packed=packed))
+
+
+@pytest.mark.parametrize("name", ["oracle_loss", "linear_logps", "linear_logsumexp"])
+def test_good_input_without_pairs_is_taken(name):
+    getattr(fastpref, name)(**arguments(name))
+
+
+# Rows
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+@pytest.mark.parametrize("rows", [3, 1, 0])
+def test_an_odd_number_of_rows(name, rows):
+    labels = torch.zeros(rows, 3, dtype=torch.int64)
+    refused(name, "labels", "(2B, T)", f"({rows}, 3)", labels=labels)
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+@pytest.mark.parametrize("shape", [(12,), (2, 2, 3)], ids=str)
+def test_labels_that_are_not_rows(name, shape):
+    refused(name, "labels", "(2B, T)", str(shape), labels=torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_rows_beside_cu_seqlens(name):
+    labels = torch.zeros(4, 4, dtype=torch.int64)
+    refused(name, "labels", "(N,)", "(4, 4)", packed=True, labels=labels)
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_nothing_packed(name):
+    labels, boundaries = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    refused(name, "labels", "N above 0", "(0,)", packed=True, labels=labels, cu_seqlens=boundaries)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("name", ["linear_logps", *LOSSES])
+@pytest.mark.parametrize("shape", [(4, 4, 8), (2, 3, 8), (12, 8), (8,)], ids=str)
+def test_hidden_that_does_not_fit_labels(name, shape):
+    expected = str(tuple(shape[:-1]))
+    refused(name, "labels", expected, "(4, 3)", hidden=torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("shape", [(20, 7), (8, 20), (20,), (2, 20, 8), (0, 8)], ids=str)
+def test_weight_of_another_shape(name, shape):
+    refused(name, "weight", "(V, ", str(shape), weight=torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("shape", [(8,), (1,), (20, 1), ()], ids=str)
+def test_bias_of_another_shape(name, shape):
+    refused(name, "bias", "(20,) ((V,))", str(shape), bias=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("name", "argument"), PER_SEQUENCE)
+@pytest.mark.parametrize("shape", [(2,), (4, 1), ()], ids=str)
+def test_other_than_one_number_a_sequence(name, argument, shape, packed):
+    changes = {argument: torch.zeros(shape)}
+    refused(name, argument, "(4,)", str(shape), packed=packed, **changes)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (3, 4), (12,)], ids=str)
+def test_token_weights_of_another_shape(shape):
+    refused("tvkd_loss", "token_weights", "(4, 3)", str(shape), token_weights=torch.ones(shape))
+
+
+@pytest.mark.parametrize("name", OF_STATES)
+def test_states_without_the_extra_position(name):
+    argument = "values" if name == "shaping_from_values" else "hidden"
+    states = arguments(name)[argument][:, :-1]
+    refused(name, argument, "the state after the last token", "(4, 3", **{argument: states})
+
+
+@pytest.mark.parametrize("name", OF_STATES)
+def test_packed_states_of_another_length(name):
+    argument = "values" if name == "shaping_from_values" else "hidden"
+    states = arguments(name, packed=True)[argument][:-1]
+    refused(name, argument, "one position for each", "(15", packed=True, **{argument: states})
+
+
+@pytest.mark.parametrize("name", OF_STATES)
+@pytest.mark.parametrize("more", [True, False], ids=["more", "less"])
+def test_states_of_another_rank(name, more):
+    argument = "values" if name == "shaping_from_values" else "hidden"
+    states = arguments(name)[argument]
+    states = states.unsqueeze(-1) if more else states[..., 0]
+    expected = "(4, 4)" if name == "shaping_from_values" else "(4, 4, H)"
+    refused(name, argument, expected, str(tuple(states.shape)), **{argument: states})
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 8), (7,)], ids=str)
+def test_a_reward_head_of_another_shape(shape):
+    expected = "(1, 8) or (8,)"
+    refused("sequence_rewards", "head_weight", expected, str(shape), head_weight=torch.ones(shape))
+    refused("sequence_rewards", "head_bias", "(1,) or ()", "(2,)", head_bias=torch.ones(2))
+
+
+@pytest.mark.parametrize("argument", ["rejected_rewards", "chosen_logps"])
+def test_oracle_arguments_of_another_shape(argument):
+    refused("oracle_loss", argument, "(2,)", "(3,)", **{argument: torch.zeros(3)})
+    refused("oracle_loss", "chosen_rewards", "(B,)", "(0,)", chosen_rewards=torch.zeros(0))
+    refused("oracle_loss", "chosen_rewards", "(B,)", "()", chosen_rewards=torch.zeros(()))
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("argument", ["weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_a_head_of_another_dtype(name, argument, dtype):
+    value = torch.zeros((20, 8) if argument == "weight" else 20, dtype=dtype)
+    refused(name, argument, "torch.float32, like hidden", str(dtype), **{argument: value})
+
+
+@pytest.mark.parametrize("name", [*HEADED, "sequence_rewards"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_hidden_that_is_not_floating(name, dtype):
+    hidden = torch.zeros(arguments(name)["hidden"].shape, dtype=dtype)
+    refused(name, "hidden", "float64, float32, float16 or bfloat16", str(dtype), hidden=hidden)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "shape"),
+    [
+        *((name, "weight", (20, 8)) for name in HEADED),
+        *((name, "bias", (20,)) for name in HEADED),
+        *((name, argument, (4,)) for name, argument in PER_SEQUENCE),
+        ("tvkd_loss", "token_weights", (4, 3)),
+        ("shaping_from_values", "values", (4, 4)),
+        ("sequence_rewards", "head_weight", (1, 8)),
+        ("sequence_rewards", "head_bias", (1,)),
+        ("oracle_loss", "chosen_rewards", (2,)),
+        ("oracle_loss", "rejected_rewards", (2,)),
+        ("oracle_loss", "chosen_logps", (2,)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_numbers_that_are_not_floating(name, argument, shape, dtype):
+    changes = {argument: torch.zeros(shape, dtype=dtype)}
+    refused(name, argument, "float64, float32, float16 or bfloat16", str(dtype), **changes)
+
+
+@pytest.mark.parametrize("name", ["linear_logps", *OF_PAIRS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_labels_that_are_not_integers(name, dtype):
+    refused(name, "labels", "integer", str(dtype), labels=torch.zeros(4, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["linear_logps", *OF_PAIRS])
+def test_labels_that_are_no_tensor(name):
+    refused(name, "labels", "a tensor", "list", labels=[[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize(("name", "argument"), PER_SEQUENCE)
+def test_a_number_a_sequence_that_is_no_tensor(name, argument):
+    refused(name, argument, "a tensor", "list", **{argument: [0.0] * 4})
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "like"),
+    [
+        *((name, "weight", "hidden") for name in HEADED),
+        *((name, "bias", "hidden") for name in HEADED),
+        *((name, "labels", "hidden") for name in ("linear_logps",)),
+        *((name, argument, "labels") for name, argument in PER_SEQUENCE),
+        ("tvkd_loss", "token_weights", "labels"),
+        ("teacher_shaping", "hidden", "labels"),
+        ("shaping_from_values", "values", "labels"),
+        ("sequence_rewards", "hidden", "labels"),
+        ("sequence_rewards", "head_weight", "hidden"),
+        ("sequence_rewards", "head_bias", "hidden"),
+        ("oracle_loss", "rejected_rewards", "chosen_rewards"),
+        ("oracle_loss", "chosen_logps", "chosen_rewards"),
+    ],
+)
+def test_another_device(name, argument, like):
+    optional = {
+        "bias": torch.zeros(20),
+        "ref_logps": torch.zeros(4),
+        "token_weights": torch.zeros(4, 3),
+        "head_bias": torch.zeros(1),
+    }
+    value: Tensor = {**optional, **arguments(name)}[argument]
+    refused(name, argument, f"cpu, like {like}", "meta", **{argument: value.to(META)})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_hidden_on_another_device(name):
+    hidden = torch.zeros(4, 3, 8, device=META)
+    refused(name, "labels", "meta, like hidden", "cpu", hidden=hidden)
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_cu_seqlens_on_another_device(name):
+    boundaries = torch.zeros(5, dtype=torch.int64, device=META)
+    refused(name, "cu_seqlens", "cpu, like labels", "meta", packed=True, cu_seqlens=boundaries)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["linear_logps", *LOSSES])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("label", [20, 10**12, -1, -99, -101])
+def test_labels_outside_the_vocabulary(name, label, trained, dtype):
+    changes = {
+        "hidden": torch.randn(4, 3, 8, dtype=dtype, requires_grad=True),
+        "weight": torch.randn(20, 8, dtype=dtype, requires_grad=trained),
+        "labels": arguments(name)["labels"],
+    }
+    changes["labels"][2, 1] = label
+    expected = "-100 (ignore_index) or values in [0, 20)"
+    refused(name, "labels", expected, f"1 outside, the first of them {label}", **changes)
+    with torch.no_grad():
+        refused(name, "labels", expected, f"1 outside, the first of them {label}", **changes)
+
+
+@pytest.mark.parametrize("name", ["linear_logps", *LOSSES])
+def test_another_ignore_index_is_not_spared(name):
+    refused(name, "labels", "-1 (ignore_index)", "the first of them -100", ignore_index=-1)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_labels_outside_the_vocabulary(name):
+    labels = arguments(name, packed=True)["labels"]
+    labels[4] = 33
+    refused(name, "labels", "[0, 20)", "the first of them 33", packed=True, labels=labels)
+
+
+@pytest.mark.parametrize("name", ["linear_logps", *LOSSES])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("label", [20, 10**12, -1])
+def test_without_compaction_a_bad_label_is_nan(name, label, trained):
+    changed = arguments(name)
+    changed["labels"][1, 1] = label
+    changed["hidden"].requires_grad_()
+    changed["weight"].requires_grad_(trained)
+    found = getattr(fastpref, name)(**changed, compact=False)
+    if name == "linear_logps":
+        assert found[1, 1].isnan() and found[0].isfinite().all() and found[2:].isfinite().all()
+    else:
+        assert found.loss.isnan() and found.chosen_logps[0].isfinite()
+        assert found.chosen_logps[1].isnan() and found.rejected_logps.isfinite().all()
+
+
+# Boundaries of packed sequences
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+@pytest.mark.parametrize(
+    "boundaries",
+    [[1, 4, 8, 12, 16], [0, 4, 8, 12, 15], [0, 4, 8, 12, 17], [0, 8, 4, 12, 16], [0, -4, 4, 8, 16]],
+    ids=["late start", "early end", "late end", "falling", "negative"],
+)
+def test_wrong_boundaries(name, boundaries):
+    refused(
+        name, "cu_seqlens", "never fall, from 0 to 16", str(boundaries),
+        packed=True, cu_seqlens=torch.tensor(boundaries),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+@pytest.mark.parametrize("boundaries", [[0, 4, 8, 16], [0], [0, 16], [[0, 8, 16]], []], ids=str)
+def test_boundaries_that_make_no_pairs(name, boundaries):
+    boundaries = torch.tensor(boundaries, dtype=torch.int64)
+    refused(
+        name, "cu_seqlens", "(2B + 1,)", str(tuple(boundaries.shape)),
+        packed=True, cu_seqlens=boundaries,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_boundaries_of_another_kind(name):
+    boundaries = torch.arange(5) * 4
+    refused(name, "cu_seqlens", "integer", "torch.float32", packed=True, cu_seqlens=boundaries / 1)
+    refused(name, "cu_seqlens", "a tensor", "list", packed=True, cu_seqlens=boundaries.tolist())
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+@pytest.mark.parametrize("position", [3, 15])
+def test_a_token_at_the_end_of_a_packed_sequence(name, position):
+    labels = arguments(name, packed=True)["labels"]
+    labels[position] = 1
+    refused(
+        name, "labels", "-100 (ignore_index) at the last position", "a token there",
+        packed=True, labels=labels,
+    )  # fmt: skip
+
+
+# Hyper-parameters
+
+
+NUMBERS = [
+    *((name, "temperature", (0, -1.0)) for name in HEADED),
+    *((name, "softcap", (0.0, -30)) for name in HEADED),
+    *((name, "logit_scale", ()) for name in HEADED),
+    ("tvkd_loss", "beta", (0, -0.1)),
+    ("tvkd_loss", "alpha", ()),
+    ("tvkd_loss", "label_smoothing", (-0.1, 0.9)),
+    ("tvkd_loss", "sft_weight", (-1,)),
+    ("drdo_loss", "alpha", (-0.1,)),
+    ("drdo_loss", "gamma", (-1,)),
+    ("oracle_loss", "sft_weight", (-0.1,)),
+    ("teacher_shaping", "gamma", (-1,)),
+    ("shaping_from_values", "gamma", (-0.5,)),
+]
+NEVER = (math.nan, math.inf, -math.inf, "1", True, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [(name, argument, value) for name, argument, out in NUMBERS for value in (*NEVER, *out)],
+    ids=str,
+)
+def test_numbers_that_are_not_finite_or_out_of_range(name, argument, value):
+    got = str(value) if isinstance(value, (int, float)) else repr(value)
+    refused(name, argument, "a finite number", got, **{argument: value})
+
+
+@pytest.mark.parametrize("name", ["linear_logps", *LOSSES])
+@pytest.mark.parametrize("value", [-1, 1.5, True, math.inf])
+def test_scratch_bytes_that_are_no_size(name, value):
+    refused(name, "scratch_bytes", "a whole number of bytes", repr(value), scratch_bytes=value)
+
+
+@pytest.mark.parametrize("name", ["teacher_shaping", "shaping_from_values"])
+@pytest.mark.parametrize("value", ["end", "", None])
+def test_unknown_conventions(name, value):
+    refused(name, "terminal", "'bootstrap' or 'zero'", repr(value), terminal=value)
+    refused(name, "form", "'difference' or 'next_value'", repr(value), form=value)
+
+
+@pytest.mark.parametrize("name", [*HEADED, *OF_PAIRS, "oracle_loss"])
+def test_an_unknown_keyword(name):
+    with pytest.raises(TypeError, match="temprature"):
+        getattr(fastpref, name)(**arguments(name), temprature=1.0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_do_not_return_the_lse(name):
+    with pytest.raises(TypeError, match="return_lse"):
+        getattr(fastpref, name)(**arguments(name), return_lse=True)
