@@ -23,9 +23,8 @@ def batch() -> Batch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_error_is_at_most_that_of_full_logits(batch, dtype, trained):
     def run(function, precision: torch.dtype) -> list[torch.Tensor]:
-        hidden, weight = (one.to(dtype).to(precision) for one in (batch.hidden, batch.weight))
-        hidden = hidden[:, :-1].detach().requires_grad_()
-        weight = weight.requires_grad_(trained)
+        hidden = batch.hidden[:, :-1].to(dtype).to(precision).clone().requires_grad_()
+        weight = batch.weight.to(dtype).to(precision).clone().requires_grad_(trained)
         logps = function(hidden, weight, batch.labels)
         logps.sum().backward()
         return [logps.detach(), hidden.grad, *([weight.grad] if trained else [])]
