@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastpref.ops.backend import tile_functions
+from fastpref.ops.cache import TileCache
 from fastpref.ops.forward import project
 from fastpref.ops.matmul import multiply, operand_dtype
+from fastpref.ops.tiles import write_at_labels
 from fastpref.ops.tiling import carve, tile_grid
 from fastpref.ops.transform import LogitTransform
 
@@ -18,11 +20,12 @@ def gradients(
     bias: Tensor | None,  # (V,)
     labels: Tensor | None,  # (n,) int64
     transform: LogitTransform,
+    logps: Tensor,  # (n,), empty without labels
     lse: Tensor,  # (n,)
     probability_coefficients: Tensor,  # (n,)
     label_coefficients: Tensor,  # (n,)
     *,
-    cache: Tensor,  # flat, as `statistics` left it
+    cache: Tensor,  # uint8, flat, as `statistics` left it
     hidden_gradient: Tensor | None,  # (n, H) in the dtype of statistics, written
     weight_gradient: Tensor | None,  # (V, H), written
     bias_gradient: Tensor | None,  # (V,), written
@@ -37,20 +40,27 @@ def gradients(
     hidden = hidden.to(operand_dtype(hidden))
     scratch = grid.buffer(hidden.device, lse.dtype)
     operands = grid.operand_buffer(scratch, hidden.dtype)
+    tiles = TileCache(cache, grid, hidden.dtype, scratch.dtype)
+    # Cached tiles have their slope in them, all but the label's.
+    label_gradients = label_coefficients * transform.slope(logps + lse if len(logps) else lse)
     for columns in grid.column_blocks():
         weight_total = _total(weight_gradient, columns, lse.dtype)
         bias_total = _total(bias_gradient, columns, lse.dtype)
         for rows in grid.row_blocks():
-            cached = grid.cached_tile(cache, rows, columns)
-            if cached is None:
-                tile = project(hidden[rows], weight, bias, columns, scratch)
-            else:  # copied, since a retained graph may come back for it
-                tile = carve(scratch, *cached.shape).copy_(cached)
-            gradient = carve(operands, *tile.shape)
-            gradient_tile(
-                tile, None if labels is None else labels[rows], columns.start, transform,
-                lse[rows], probability_coefficients[rows], label_coefficients[rows], gradient,
-            )  # fmt: skip
+            gradient = carve(operands, rows.stop - rows.start, columns.stop - columns.start)
+            row_labels = None if labels is None else labels[rows]
+            kept = tiles.tile(rows, columns)
+            if kept is None:
+                gradient_tile(
+                    project(hidden[rows], weight, bias, columns, scratch),
+                    row_labels, columns.start, transform, lse[rows],
+                    probability_coefficients[rows], label_coefficients[rows], gradient,
+                )  # fmt: skip
+            else:
+                scale = probability_coefficients[rows] * torch.exp(kept.maximum - lse[rows])
+                torch.mul(kept.exponentials, scale.unsqueeze(1), out=gradient)
+                if row_labels is not None:
+                    write_at_labels(gradient, row_labels, columns.start, label_gradients[rows])
             if hidden_gradient is not None:
                 multiply(gradient, weight[columns], hidden_gradient[rows], add=columns.start > 0)
             if weight_total is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref.ops.backend import tile_functions
+from fastpref.ops.cache import TileCache
 from fastpref.ops.matmul import multiply, operand_dtype, statistics_dtype
 from fastpref.ops.tiling import Tiling, carve, tile_grid
 from fastpref.ops.transform import LogitTransform
@@ -41,25 +42,29 @@ def statistics(
     labels: Tensor | None,  # (n,) int64
     transform: LogitTransform,
     *,
-    cache: Tensor,  # flat, written: the projections of as many tiles as it holds
+    cache: Tensor,  # uint8, flat, written: as many tiles of exponentials as it holds
 ) -> Statistics:
     """Fold the vocabulary into the statistics of every row: one matrix product."""
     grid, scratch, running = _start(hidden, weight)
     fold_tile = tile_functions(hidden).fold_tile
     hidden = hidden.to(operand_dtype(hidden))
+    tiles = TileCache(cache, grid, hidden.dtype, scratch.dtype)
     for rows in grid.row_blocks():
+        maximum, sum_exp, target_logit = (state[rows] for state in running)
+        rescale = torch.empty_like(maximum)
         for columns in grid.column_blocks():
-            tile = project(hidden[rows], weight, bias, columns, scratch)
-            cached = grid.cached_tile(cache, rows, columns)
-            if cached is not None:
-                cached.copy_(tile)
+            kept = tiles.tile(rows, columns)
+            # A product in the dtype of the cache goes straight into it, to be folded in place.
+            in_place = kept is not None and kept.exponentials.dtype == scratch.dtype
+            buffer = kept.exponentials.view(-1) if kept is not None and in_place else scratch
+            tile = project(hidden[rows], weight, bias, columns, buffer)
             fold_tile(
-                tile,
-                _at(labels, rows),
-                columns.start,
-                transform,
-                *(state[rows] for state in running),
-            )
+                tile, _at(labels, rows), columns.start, transform,
+                maximum, sum_exp, target_logit,
+                *((None, None) if kept is None else (kept.exponentials, rescale)),
+            )  # fmt: skip
+            if kept is not None:
+                kept.maximum.copy_(maximum)
     return _finish(*running)
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fastpref.ops.backend import uses_triton
 from fastpref.ops.backward import gradients
+from fastpref.ops.cache import TileCache
 from fastpref.ops.forward import Statistics, statistics, statistics_and_jacobian
-from fastpref.ops.matmul import statistics_dtype
+from fastpref.ops.matmul import operand_dtype, statistics_dtype
 from fastpref.ops.rows import labelled_rows
+from fastpref.ops.tiling import tile_grid
 from fastpref.ops.transform import LogitTransform
 
 
@@ -33,7 +35,7 @@ def linear_logps_op(
     jacobian: bool,
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities (N,), logsumexp (N,), Jacobian (N, H) and cached projections (flat).
+    """Log-probabilities (N,), logsumexp (N,), Jacobian (N, H) and a `TileCache`'s buffer (flat).
 
     What is not wanted is empty: log-probabilities without ``labels``, the Jacobian without
     ``jacobian``, the cache without ``scratch_bytes``.
@@ -61,7 +63,7 @@ def linear_logps_op(
         found = statistics(_take(hidden, rows), weight, bias, labels, transform, cache=cache)
 
     if labels is None:
-        return hidden.new_empty(0, dtype=cache.dtype), found.lse_other, found_jacobian, cache
+        return found.lse_other.new_empty(0), found.lse_other, found_jacobian, cache
     logps, lse = found.logps(), found.lse()
     if not compact:
         ignored = labels == ignore_index
@@ -139,6 +141,7 @@ def linear_logps_backward_op(
         bias,
         labels,
         LogitTransform(temperature, logit_scale, softcap),
+        logps,
         lse,
         probability_coefficients,
         label_coefficients,
@@ -218,9 +221,12 @@ def _outputs(
 
 
 def _cache(hidden: Tensor, weight: Tensor, scratch_bytes: int) -> Tensor:
+    if not scratch_bytes or not hidden.shape[0]:
+        return hidden.new_empty(0, dtype=torch.uint8)
     dtype = statistics_dtype(hidden.dtype)
-    size = min(scratch_bytes // dtype.itemsize, hidden.shape[0] * weight.shape[0])
-    return hidden.new_empty(size, dtype=dtype)
+    grid = tile_grid(hidden.shape[0], weight.shape[0], hidden.device, dtype)
+    everything = TileCache(hidden, grid, operand_dtype(hidden), dtype).bytes_of_all()
+    return hidden.new_empty(min(scratch_bytes, everything), dtype=torch.uint8)
 
 
 def _gradients(

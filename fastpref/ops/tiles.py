@@ -65,10 +65,20 @@ def gradient_tile(
     probabilities = logits.sub_(lse.unsqueeze(1)).exp_()
     gradient = probabilities.mul_(probability_coefficients.unsqueeze(1))
     if labels is not None:
-        column, inside = _label_columns(labels, vocab_start, tile.shape[1])
-        at_label = torch.where(inside, label_coefficients, gradient.gather(1, column).squeeze(1))
-        gradient.scatter_(1, column, at_label.unsqueeze(1))
+        write_at_labels(gradient, labels, vocab_start, label_coefficients)
     out.copy_(_scale_(gradient, slope))
+
+
+def write_at_labels(
+    tile: Tensor,  # (n, w)
+    labels: Tensor,  # (n,) int64
+    vocab_start: int,
+    values: Tensor,  # (n,)
+) -> None:
+    """Overwrite each row's number at its label, where that lies in the tile."""
+    column, inside = _label_columns(labels, vocab_start, tile.shape[1])
+    at_label = torch.where(inside, values.to(tile.dtype), tile.gather(1, column).squeeze(1))
+    tile.scatter_(1, column, at_label.unsqueeze(1))
 
 
 def _scale_(values: Tensor, slope: Tensor | float) -> Tensor:

@@ -41,19 +41,9 @@ class Tiling(NamedTuple):
         """The same in the dtype of matrix products: ``buffer`` itself if it has that dtype."""
         return buffer if buffer.dtype == dtype else self.buffer(buffer.device, dtype)
 
-    def cached_tile(self, cache: Tensor, rows: slice, columns: slice) -> Tensor | None:
-        """The place of one tile in a flat ``cache``, or None for a tile that does not fit.
-
-        Every row has the same leading columns cached, in whole tiles.
-        """
-        per_row = cache.numel() // self.rows
-        if per_row < self.vocab_size:
-            per_row -= per_row % self.column_step
-        if columns.stop > min(per_row, self.vocab_size):
-            return None
-        count = rows.stop - rows.start
-        start = rows.start * min(per_row, self.vocab_size) + count * columns.start
-        return carve(cache[start:], count, columns.stop - columns.start)
+    def column_tiles(self) -> int:
+        """Number of stretches of the vocabulary."""
+        return -(-self.vocab_size // self.column_step)
 
 
 def tile_grid(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> Tiling:

@@ -44,10 +44,10 @@ def test_opcheck_forward(jacobian, labels):
 
 def test_opcheck_forward_with_a_cache():
     hidden, weight, bias = leaves(torch.float32, trained=True)
-    labels = LABELS.clamp_min(0)  # with every row labelled the whole cache is written
-    opcheck(
-        linear_logps_op, (hidden, weight, bias, labels, 1.5, 0.5, 3.0, -100, True, False, 10**6)
-    )
+    # What no tile fills stays unwritten, so outputs cannot be compared between runs.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (hidden, weight, bias, LABELS, 1.5, 0.5, 3.0, -100, True, False, 10**6)
+    opcheck(linear_logps_op, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])

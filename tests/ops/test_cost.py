@@ -40,7 +40,7 @@ def test_a_frozen_head_takes_two_matrix_products():
 
 def test_a_trained_head_takes_four_and_three_where_projections_fit():
     assert flops_of(train_step(trained=True)) == 4 * PASS
-    assert flops_of(train_step(trained=True, scratch_bytes=4 * ROWS * VOCAB)) == 3 * PASS
+    assert flops_of(train_step(trained=True, scratch_bytes=5 * ROWS * VOCAB)) == 3 * PASS
 
 
 def test_no_gradient_takes_one():
@@ -72,5 +72,8 @@ def test_memory_is_far_below_the_logits_and_flat(trained, monkeypatch):
 def test_the_cache_stays_within_its_budget(monkeypatch):
     monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 2**19)
     budget = 2**20
+    numbers = 4 * ROWS  # one a row, for the rescaling of what is kept
     without = peak_bytes_of(train_step(trained=True))
-    assert peak_bytes_of(train_step(trained=True, scratch_bytes=budget)) <= without + budget
+    assert (
+        peak_bytes_of(train_step(trained=True, scratch_bytes=budget)) <= without + budget + numbers
+    )
