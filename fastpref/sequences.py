@@ -15,9 +15,12 @@ from fastpref.checks import check_device, check_floating, check_integers, check_
 
 
 def check_pairs(
-    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int
+    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, *, read: bool = True
 ) -> tuple[Tensor, Tensor | None, int]:
     """Refuse labels that are not stacked pairs.
+
+    The host reads ``cu_seqlens`` to check them. Without ``read`` it never waits for the device, and
+    where they are wrong every label becomes one that gives NaN.
 
     Returns labels and boundaries as int64, which holds any ``ignore_index``, and the number of
     sequences, 2B.
@@ -40,8 +43,10 @@ def check_pairs(
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
         refuse("cu_seqlens", "shape (2B + 1,), B pairs", tuple(cu_seqlens.shape))
     cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-    if not torch.compiler.is_compiling():
-        _check_boundaries(labels, cu_seqlens, ignore_index)
+    if read:
+        cu_seqlens = _checked_boundaries(cu_seqlens, labels, ignore_index)
+    else:
+        cu_seqlens, labels = _unread_boundaries(cu_seqlens, labels, ignore_index)
     return labels, cu_seqlens, cu_seqlens.shape[0] - 1
 
 
@@ -108,32 +113,55 @@ def offsets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def _sequence_of_position(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     positions = torch.arange(values.shape[0], device=values.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:], positions, right=True)
+    # Unread boundaries may end early; what is behind them then counts to the last sequence.
+    return torch.searchsorted(cu_seqlens[1:-1], positions, right=True)
 
 
-def _check_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> None:
-    """Check the values of ``cu_seqlens``, which costs one read by the host."""
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    filled = ends > starts
-    last_label = labels[(ends - 1).clamp(0, labels.shape[0] - 1)]
-    problems = torch.stack(
-        (
-            cu_seqlens[0] != 0,
-            cu_seqlens[-1] != labels.shape[0],
-            (ends < starts).any(),
-            (filled & (last_label != ignore_index)).any(),
-        )
-    ).tolist()
-    if any(problems[:3]):
+@torch.library.custom_op("fastpref::checked_boundaries", mutates_args=())
+def _checked_boundaries(cu_seqlens: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Return (2B + 1,) boundaries that were read and found right.
+
+    An operator, so that compiled code checks them too.
+    """
+    never_falls, one_prediction_short = _boundary_rules(cu_seqlens, labels, ignore_index)
+    checks = torch.stack((never_falls, one_prediction_short)).tolist()
+    if not checks[0]:
         refuse(
             "cu_seqlens",
             f"boundaries that never fall, from 0 to {labels.shape[0]}, the length of labels",
             cu_seqlens.tolist(),
         )
-    if problems[3]:
+    if not checks[1]:
         refuse(
             "labels",
             f"{ignore_index} (ignore_index) at the last position of every packed sequence, "
             "which predicts nothing",
             "a token there",
         )
+    return cu_seqlens.clone()
+
+
+@_checked_boundaries.register_fake
+def _(cu_seqlens: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return torch.empty_like(cu_seqlens)
+
+
+def _unread_boundaries(
+    cu_seqlens: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Make boundaries safe without reading them, and spoil the labels where they are wrong.
+
+    A label outside any vocabulary gives NaN, which is how wrong input shows where nobody waits.
+    """
+    right = torch.stack(_boundary_rules(cu_seqlens, labels, ignore_index)).all()
+    within = cu_seqlens.clamp(0, labels.shape[0]).cummax(0).values
+    return within, torch.where(right, labels, torch.iinfo(torch.int64).max)
+
+
+def _boundary_rules(cu_seqlens: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Whether boundaries rise from 0 to N, and whether every sequence's last label is ignored."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    last_label = labels[(ends - 1).clamp(0, labels.shape[0] - 1)]
+    spans = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == labels.shape[0])
+    rises = (ends >= starts).all()
+    return spans & rises, ((ends <= starts) | (last_label == ignore_index)).all()

@@ -89,7 +89,9 @@ def drdo_loss(
         >>> rewards.grad
         tensor([-4.,  4.])
     """
-    labels, cu_seqlens, sequences = check_pairs(labels, cu_seqlens, ignore_index)
+    labels, cu_seqlens, sequences = check_pairs(
+        labels, cu_seqlens, ignore_index, read=head_options.get("compact", True)
+    )
     check_number("alpha", alpha, at_least=0)
     check_number("gamma", gamma, at_least=0)
     check_per_sequence("student_rewards", student_rewards, sequences, labels)

@@ -156,7 +156,7 @@ def _logps_gradient(
 ) -> Tensor:
     """Each token's share in the gradients of its pair's loss and of its sequence's sum: (N,)."""
     positions = torch.arange(coefficients.shape[0], device=offsets.device, dtype=offsets.dtype)
-    sequence = torch.searchsorted(offsets[1:], positions, right=True)
+    sequence = torch.searchsorted(offsets[1:-1], positions, right=True)
     gradient = torch.zeros_like(coefficients)
     if losses_gradient is not None:
         gradient = losses_gradient.repeat(2)[sequence] * coefficients

@@ -87,7 +87,9 @@ def tvkd_loss(
         >>> hidden.grad.shape, out.chosen_logps.shape
         (torch.Size([2, 3, 8]), torch.Size([1]))
     """
-    labels, cu_seqlens, sequences = check_pairs(labels, cu_seqlens, ignore_index)
+    labels, cu_seqlens, sequences = check_pairs(
+        labels, cu_seqlens, ignore_index, read=head_options.get("compact", True)
+    )
     check_number("beta", beta, above=0)
     check_number("alpha", alpha)
     check_number("label_smoothing", label_smoothing, at_least=0, at_most=0.5)

@@ -78,8 +78,8 @@ def linear_logps(
         softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
         ignore_index: The label of positions to leave out; their log-probability is 0.
         compact: Project only labelled rows, for which the host reads one count from the device.
-            ``False`` never waits for the device, projects every row, and answers NaN where a label
-            is outside the vocabulary.
+            ``False`` never waits for the device (CUDA graphs), projects every row, and answers NaN
+            where a label is outside the vocabulary.
         scratch_bytes: Where the head trains, keep projections for the backward pass in at most so
             many bytes instead of computing them again: down to three matrix products.
         return_lse: Also return the logsumexp values.

@@ -345,6 +345,30 @@ def test_wrong_boundaries(name, boundaries):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "boundaries",
+    [[0, 4, 8, 12, 16], [1, 4, 8, 12, 16], [0, 4, 8, 12, 15], [0, 4, 8, 12, 99], [0, 8, 4, 12, 16]],
+    ids=["right", "late start", "early end", "late end", "falling"],
+)
+def test_wrong_boundaries_are_nan_where_nobody_reads_them(name, boundaries):
+    given = arguments(name, packed=True) | {"cu_seqlens": torch.tensor(boundaries)}
+    loss = getattr(fastpref, name)(**given, compact=False).loss
+    assert torch.isnan(loss) == (boundaries != [0, 4, 8, 12, 16])
+
+
+def test_compiled_code_checks_boundaries_too():
+    given = arguments("tvkd_loss", packed=True)
+
+    def loss(cu_seqlens: Tensor) -> Tensor:
+        return fastpref.tvkd_loss(**{**given, "cu_seqlens": cu_seqlens}).loss
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(given["cu_seqlens"]), loss(given["cu_seqlens"]))
+    with pytest.raises(ValueError, match="cu_seqlens: expected boundaries that never fall"):
+        compiled(torch.tensor([0, 8, 4, 12, 16]))
+
+
 @pytest.mark.parametrize("name", OF_PAIRS)
 @pytest.mark.parametrize("boundaries", [[0, 4, 8, 16], [0], [0, 16], [[0, 8, 16]], []], ids=str)
 def test_boundaries_that_make_no_pairs(name, boundaries):
