@@ -178,6 +178,21 @@ def _(
     return _gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
 
 
+@torch.library.custom_op("fastpref::scaled_jacobian", mutates_args=())
+def scaled_jacobian_op(gradient: Tensor, jacobian: Tensor) -> Tensor:
+    """Gradient of hidden (N, H) from that of the log-probabilities (N,) and their Jacobian (N, H).
+
+    An operator without a derivative of its own: the Jacobian depends on the hidden states, so what
+    autograd would make of a second derivative here is wrong, and it says so instead.
+    """
+    return torch.mul(gradient.unsqueeze(1), jacobian, out=torch.empty_like(jacobian))
+
+
+@scaled_jacobian_op.register_fake
+def _(gradient: Tensor, jacobian: Tensor) -> Tensor:
+    return torch.empty_like(jacobian)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *ctx.transform, ctx.ignore_index, ctx.compact, _, _ = inputs
     logps, lse, jacobian, cache = output
@@ -197,7 +212,7 @@ def _backward(
     if labels is None:
         own, other = other, own
     if jacobian.numel() and own is not None and other is None:
-        return (own.unsqueeze(1) * jacobian).to(hidden.dtype), None, None, *nothing
+        return scaled_jacobian_op(own, jacobian), None, None, *nothing
     found = linear_logps_backward_op(
         logps_gradient, lse_gradient, hidden, weight, bias, labels, logps, lse, cache,
         *ctx.transform, ctx.ignore_index, ctx.compact, *wanted,

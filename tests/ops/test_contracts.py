@@ -7,7 +7,11 @@ import torch
 from torch.library import opcheck
 
 import fastpref
-from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
+from fastpref.ops.linear_logps_op import (
+    linear_logps_backward_op,
+    linear_logps_op,
+    scaled_jacobian_op,
+)
 
 LABELS = torch.tensor([3, -100, 0, 10])
 
@@ -119,6 +123,19 @@ def test_a_retained_graph_gives_the_same_gradients_again(trained):
     first = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
     second = torch.autograd.grad(logps.sum(), hidden)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_second_derivatives_are_refused(trained):
+    hidden, weight, bias = leaves(torch.float32, trained=trained)
+    logps = fastpref.linear_logps(hidden, weight, LABELS, bias=bias)
+    (gradient,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="fastpref"):
+        gradient.sum().backward()
+
+
+def test_opcheck_scaled_jacobian():
+    opcheck(scaled_jacobian_op, (torch.randn(4), torch.randn(4, 5)))
 
 
 def test_only_the_head_trains():
