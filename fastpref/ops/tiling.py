@@ -13,7 +13,7 @@ ROWS_PER_TILE = 4096
 # A CPU tile stays in the last-level cache between two matrix products; a GPU tile gives one product
 # enough work to fill the device.
 CPU_TILE_BYTES = 12 * 2**20
-ACCELERATOR_TILE_BYTES = 128 * 2**20
+ACCELERATOR_TILE_BYTES = 64 * 2**20
 COLUMN_MULTIPLE = 128
 
 
