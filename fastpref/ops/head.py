@@ -19,6 +19,7 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fastpref.checks import check_floating, check_head, check_number, refuse
 from fastpref.ops.linear_logps_op import linear_logps_op
@@ -64,6 +65,7 @@ def call_head(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_head(hidden, weight, bias)
 
+    _refuse_tangents(hidden, weight, bias)
     wants_gradient = torch.is_grad_enabled()
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     shape = hidden.shape[:-1]
@@ -81,6 +83,15 @@ def call_head(
         scratch_bytes if wants_gradient and trains_head else 0,
     )
     return logps if labels is None else logps.view(shape), lse.view(shape)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Refuse forward-mode derivatives, which a custom operator would silently take for zero."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("fastpref has no forward-mode derivatives (jvp, jacfwd)")
 
 
 def _autocast(

@@ -134,6 +134,17 @@ def test_second_derivatives_are_refused(trained):
         gradient.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by jvp itself
+def test_forward_mode_is_refused():
+    hidden, weight, _ = (leaf.detach() for leaf in leaves(torch.float32, trained=False))
+
+    def logps(hidden: torch.Tensor) -> torch.Tensor:
+        return fastpref.linear_logps(hidden, weight, LABELS)
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(logps, (hidden,), (hidden,))
+
+
 def test_opcheck_scaled_jacobian():
     opcheck(scaled_jacobian_op, (torch.randn(4), torch.randn(4, 5)))
 
