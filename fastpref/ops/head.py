@@ -90,7 +90,9 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
-        if tensor is not None and unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]  # torch's own
             raise NotImplementedError("fastpref has no forward-mode derivatives (jvp, jacfwd)")
 
 
