@@ -35,35 +35,44 @@ def tvkd(logps: Tensor, shaping: Tensor, alpha: float = 1.0) -> Tensor:
     return -functional.logsigmoid(chosen - rejected).mean()
 
 
-def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
-    """Plain PyTorch: all (2B, T, V) logits at once, log-softmax in float32, gather."""
+def full_logits_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Plain PyTorch: all (..., V) logits at once, log-softmax in float32, gather; (...) float32."""
     logps = torch.log_softmax(hidden @ weight.T, dim=-1, dtype=torch.float32)
-    token_logps = logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return tvkd(token_logps.sum(-1), shaping)
+    return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
-    """PyTorch's own chunked loss, with the options that it chooses itself."""
+def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """TVKD of `full_logits_logps`."""
+    return tvkd(full_logits_logps(hidden, weight, labels).sum(-1), shaping)
+
+
+def torch_chunked_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """PyTorch's own chunked loss, with the options that it chooses itself; (...) float32."""
     from torch.nn import LinearCrossEntropyOptions
 
     losses = functional.linear_cross_entropy(
-        hidden.flatten(0, 1),
+        hidden.flatten(0, -2),
         weight,
         labels.flatten(),
         reduction="none",
         options=LinearCrossEntropyOptions(),
     )
-    return tvkd(-losses.float().view_as(labels).sum(-1), shaping)
+    return -losses.float().view_as(labels)
 
 
-def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
-    """TRL's chunked log-probabilities, called as its trainers call it."""
+def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """TVKD of `torch_chunked_logps`."""
+    return tvkd(torch_chunked_logps(hidden, weight, labels).sum(-1), shaping)
+
+
+def trl_chunked_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """TRL's chunked log-probabilities, called as its trainers call it; (...) float32."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     vocabulary_chunk = 32_768  # what TRL's trainers pass
     temperature, softcap, logit_scale = 1.0, None, 1.0
     logps, *_ = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1),
+        hidden.flatten(0, -2),
         weight,
         None,
         labels.flatten(),
@@ -73,16 +82,24 @@ def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor)
         logit_scale,
         ("log_probs",),
     )
-    return tvkd(logps.view_as(labels).sum(-1), shaping)
+    result: Tensor = logps.view_as(labels)
+    return result
 
 
-def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """TVKD of `trl_chunked_logps`."""
+    return tvkd(trl_chunked_logps(hidden, weight, labels).sum(-1), shaping)
+
+
+def liger_dpo(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor, *, compiled: bool = False
+) -> Tensor:
     """Liger's fused DPO loss, one pair at a time as by default, without a reference."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    # Not compiled: compiling is a choice of its own, and no other peer here is compiled.
+    # Not compiled by default: that is a choice of its own, and no other peer in memory.py is.
     dpo = LigerFusedLinearDPOLoss(
-        ignore_index=IGNORE, beta=BETA, use_ref_model=False, compiled=False, chunk_size=1
+        ignore_index=IGNORE, beta=BETA, use_ref_model=False, compiled=compiled, chunk_size=1
     )
     loss: Tensor = dpo(weight, hidden, labels)[0]
     return loss

@@ -20,7 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 MEGABYTE = 1e6
-PACKAGES = ("fastpref", "torch", "triton", "transformers", "trl", "liger-kernel")
+PACKAGES = (
+    "fastpref",
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+)
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too.
 STYLES: dict[str, dict[str, Any]] = {
@@ -77,8 +86,8 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def write_json(path: Path, report: dict[str, Any], rows: Iterable[Measurement]) -> None:
-    """Write everything that the table and the plot show."""
+def write_json(path: Path, report: dict[str, Any], rows: Iterable[Any]) -> None:
+    """Write everything that the table and the plot show; rows are dataclasses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = report | {"rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
