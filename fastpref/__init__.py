@@ -1,7 +1,7 @@
 """Fused losses for preference distillation: TVKD and DRDO without the logits."""
 
 from fastpref.losses import DRDOOutput, OracleOutput, TVKDOutput, drdo_loss, oracle_loss, tvkd_loss
-from fastpref.ops import linear_logps, linear_logsumexp
+from fastpref.ops import linear_logps, linear_logsumexp, linear_stats
 from fastpref.rewards import sequence_rewards
 from fastpref.teacher import shaping_from_values, teacher_shaping
 
@@ -12,6 +12,7 @@ __all__ = [
     "drdo_loss",
     "linear_logps",
     "linear_logsumexp",
+    "linear_stats",
     "oracle_loss",
     "sequence_rewards",
     "shaping_from_values",

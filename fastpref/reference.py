@@ -53,6 +53,37 @@ def linear_logsumexp(
     return temperature * z.logsumexp(-1)
 
 
+def linear_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    **head: object,
+) -> dict[str, Tensor]:
+    """Every statistic (...) of the vocabulary, 0 (False) where ignored."""
+    q = logits(hidden, weight, **head)  # type: ignore[arg-type]
+    log_p = (q / temperature).log_softmax(-1)
+    p = log_p.exp()
+    mask = labels != ignore_index
+    at_label = torch.where(mask, labels, 0).unsqueeze(-1)
+    sorted_p = torch.nn.functional.pad(p, (0, 1)).sort(-1, descending=True).values
+    target_logit = q.gather(-1, at_label).squeeze(-1)
+    stats = {
+        "logsumexp": temperature * (q / temperature).logsumexp(-1),
+        "max_prob": sorted_p[..., 0],
+        "margin": sorted_p[..., 0] - sorted_p[..., 1],
+        "expected_logit": torch.where(p > 0, p * q, 0).sum(-1),
+        "entropy": -torch.where(p > 0, p * log_p, 0).sum(-1),
+        "target_logit": target_logit,
+        "target_logp": log_p.gather(-1, at_label).squeeze(-1),
+        "log_sum_squared_probs": p.square().sum(-1).log(),
+        "is_top1": target_logit == q.amax(-1),
+    }
+    return {name: values.masked_fill(~mask, 0) for name, values in stats.items()}
+
+
 def shaping_from_values(
     values: Tensor,  # (2B, T + 1)
     labels: Tensor,  # (2B, T)

@@ -1,4 +1,4 @@
-"""The teacher's side of TVKD: soft values of its states, and the shaping they give a response."""
+"""Potentials of a teacher's states, and the shaping that they give a response."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastpref.checks import check_choice, check_number
+from fastpref.ops import linear_stats
 from fastpref.ops.head import call_head
+from fastpref.ops.linear_stats import Statistic
 from fastpref.sequences import (
     check_pairs,
     check_states,
@@ -20,6 +22,13 @@ from fastpref.sequences import (
 
 Terminal = Literal["bootstrap", "zero"]
 Form = Literal["difference", "next_value"]
+Potential = Literal["value", "max", "margin", "expectation"]
+POTENTIALS: dict[Potential, Statistic] = {
+    "value": "logsumexp",
+    "max": "max_prob",
+    "margin": "margin",
+    "expectation": "expected_logit",
+}
 
 
 def teacher_shaping(
@@ -31,6 +40,7 @@ def teacher_shaping(
     gamma: float = 1.0,
     terminal: Terminal = "bootstrap",
     form: Form = "difference",
+    potential: Potential = "value",
     cu_seqlens: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -40,8 +50,8 @@ def teacher_shaping(
 ) -> Tensor:
     r"""Sum of the teacher's potential-based shaping over every response, without the logits.
 
-    .. math:: \Psi(y) = \sum_t \gamma V(s_{t+1}) - V(s_t), \qquad
-              V(s) = \tau \log \sum_a \exp(Q(s, a) / \tau)
+    .. math:: \Psi(y) = \sum_t \gamma \phi(s_{t+1}) - \phi(s_t), \qquad
+              \phi(s) = V(s) = \tau \log \sum_a \exp(Q(s, a) / \tau)
 
     TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025). With ``gamma=1`` the sum
     telescopes, so the head is read at two positions a run of labels, not at all of them. Runs
@@ -60,6 +70,10 @@ def teacher_shaping(
             the shaping of chosen and rejected is the same, and TVKD has no teacher signal left.
         form: ``"difference"`` is the formula above. ``"next_value"`` is what the authors' released
             code trains: :math:`\sum_t \gamma V(s_{t+1})`, the last value always zero.
+        potential: :math:`\phi`, one of the paper's table 5: ``"value"``, above; ``"max"``,
+            :math:`\max_a \pi`; ``"margin"``, the largest :math:`\pi` less the second; or
+            ``"expectation"``, :math:`\sum_a \pi Q`, with :math:`\pi` the softmax of
+            :math:`Q / \tau`.
         cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
         bias: (V,) or None.
         logit_scale: Multiplies the projection, as in Cohere and Granite.
@@ -68,8 +82,8 @@ def teacher_shaping(
         compact: Read the head at needed positions only; see `linear_logps`.
 
     Returns:
-        (2B,) shaping in the unit of the logits, float32 (float64 for float64 inputs); 0 for a
-        sequence without labels.
+        (2B,) shaping in the unit of the potential (of the logits, or of a probability), float32
+        (float64 for float64 inputs); 0 for a sequence without labels.
 
     Raises:
         ValueError: ``hidden`` without the extra position, rows that are not pairs, shapes, devices
@@ -84,12 +98,42 @@ def teacher_shaping(
     labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
     check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
     coefficients = _value_coefficients(labels, gamma, terminal, form, ignore_index, cu_seqlens)
-    with torch.no_grad():
-        # The label 0 stands for any: all that counts is where the head is read.
+    values = state_potentials(
+        hidden,
+        weight,
+        coefficients != 0,
+        potential=potential,
+        temperature=temperature,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        compact=compact,
+    )
+    return _weighted_sum(values, coefficients, cu_seqlens)
+
+
+@torch.no_grad()
+def state_potentials(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    wanted: Tensor,  # (...) bool
+    *,
+    potential: Potential,
+    temperature: float,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    compact: bool = True,
+) -> Tensor:
+    """The potential (...) of the wanted states, 0 elsewhere."""
+    check_choice("potential", potential, tuple(POTENTIALS))
+    # The label 0 stands for any: all that counts is where the head is read.
+    labels = torch.where(wanted, 0, -1)
+    if potential == "value":  # which has kernels of its own
         _, lse = call_head(
             hidden,
             weight,
-            torch.where(coefficients != 0, 0, -1),
+            labels,
             bias=bias,
             temperature=temperature,
             logit_scale=logit_scale,
@@ -97,7 +141,19 @@ def teacher_shaping(
             ignore_index=-1,
             compact=compact,
         )
-        return _weighted_sum(lse * temperature, coefficients, cu_seqlens)
+        return lse * temperature
+    return linear_stats(
+        hidden,
+        weight,
+        labels,
+        stats=(POTENTIALS[potential],),
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=-1,
+        compact=compact,
+    )[POTENTIALS[potential]]
 
 
 def shaping_from_values(

@@ -1,0 +1,5 @@
+"""``python -m fastpref`` is the command ``fastpref``."""
+
+from fastpref.cli import main
+
+main()

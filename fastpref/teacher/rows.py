@@ -1,0 +1,122 @@
+"""Reading preference rows, and saying which of them cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastpref.checks import refuse
+
+RESPONSES = ("chosen", "rejected")
+SHOWN = 10
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used, by its position in the dataset."""
+
+    row: int
+    reason: str
+
+
+class BadRowsError(ValueError):
+    """Rows that cannot be used; all of them are in ``rows``."""
+
+    def __init__(self, rows: list[BadRow]) -> None:
+        self.rows = rows
+        super().__init__(f"dataset: {describe(rows)} (skip_bad_rows leaves them out)")
+
+
+def describe(rows: list[BadRow]) -> str:
+    """Name bad rows in a line: the first few with their reasons, and how many there are."""
+    shown = "; ".join(f"row {row}: {reason}" for row, reason in rows[:SHOWN])
+    more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return f"{len(rows)} bad row{'s' if len(rows) > 1 else ''}: {shown}{more}"
+
+
+def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
+    """Rows of a JSON-lines or Parquet file, of a saved dataset, or of one on the Hub.
+
+    JSON lines are read row by row, so that a row of another type spoils itself only.
+    """
+    import datasets
+
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        if not path.is_file():
+            refuse("dataset", "a file that exists, a saved dataset or a name on the Hub", source)
+        if path.suffix == ".parquet":
+            return datasets.Dataset.from_parquet(source)  # type: ignore[no-any-return]
+        return _read_json_lines(path)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(source)
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                refuse("split", f"one of {', '.join(saved)}", repr(split))
+            saved = saved[split]
+        return saved  # type: ignore[no-any-return]
+    return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]
+
+
+def row_defect(row: object) -> str | None:
+    """Why a row is no preference pair in TRL's standard or conversational format, or None."""
+    if not isinstance(row, Mapping):
+        return f"expected an object with chosen and rejected, got {type(row).__name__}"
+    columns = (("prompt",) if "prompt" in row else ()) + RESPONSES
+    for column in columns:
+        if (defect := _text_defect(column, row.get(column))) is not None:
+            return defect
+    kinds = {isinstance(row[column], str) for column in columns}
+    if len(kinds) > 1:
+        return (
+            "prompt, chosen and rejected must all be strings or all be lists of messages "
+            "(drop a prompt that chosen and rejected repeat)"
+        )
+    for column in RESPONSES:
+        value = row[column]
+        if isinstance(value, str):
+            empty = not value.strip()
+        else:
+            empty = not any(_says_something(message) for message in value)
+        if empty:
+            return f"{column} is empty"
+    return None
+
+
+def _text_defect(column: str, value: object) -> str | None:
+    if value is None:
+        return f"{column} is missing"
+    if isinstance(value, str):
+        return None
+    if not isinstance(value, list):
+        return f"{column} must be a string or a list of messages, got {type(value).__name__}"
+    if not value and column == "prompt":
+        return "prompt has no messages"
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"{column} must hold messages with role and content, got {str(message)[:60]!r}"
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            return f"{column} must hold messages of text, got content {str(content)[:60]!r}"
+    return None
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
+
+
+def _read_json_lines(path: Path) -> list[Any]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(
+                        f"dataset: expected a JSON object on line {number} of {path}: {error}"
+                    ) from error
+    # As in a table: what one row has and another lacks is None there.
+    columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+    return [{**columns, **row} if isinstance(row, dict) else row for row in rows]

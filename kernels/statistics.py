@@ -1,0 +1,219 @@
+"""Numbers of every row of `hidden @ weight.T` from which all vocabulary statistics follow."""
+
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on, projection_config
+from .projection import GROUP_ROWS, project_tile, row_block_and_split, split_vocabulary
+from .transform import Transform, transform_arguments, transform_logits
+
+# The tiles for few rows keep more numbers a thread, and have no registers for so many sums.
+MANY_ROWS = 4096
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# So far below the maximum an exponential is 0; and twice it is finite, so that 0 times it is 0.
+FAR = tl.constexpr(1e30)
+
+
+class Sums(Protocol):
+    """Which numbers are wanted beside the maximum and the sum of the others' exponentials."""
+
+    @property
+    def second(self) -> bool:
+        """The second largest logit."""
+
+    @property
+    def shortfall(self) -> bool:
+        """The sum of `exp(z - maximum) * (maximum - z)`."""
+
+    @property
+    def squares(self) -> bool:
+        """The sum of the others' squared exponentials."""
+
+
+def projection_partials(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (n,) int64
+    rows: Tensor | None,  # (n,) int64
+    transform: Transform,
+    sums: Sums,
+) -> tuple[Tensor, Tensor]:  # (5, splits, n) float32, (n,) float32
+    """Compute five numbers of each split of the vocabulary, and the label's logit.
+
+    `z = T(hidden[rows] @ weight.T + bias)`, `rows=None` is every row. With `top` the column of a
+    split's largest logit, the numbers are in turn: `z[top]`; the largest of the others; the sums
+    over the others of `e = exp(z - z[top])`, of `e * (z[top] - z)` and of `e ** 2`. What `sums`
+    does not want is 0. Where all logits are -inf, so is `z[top]`, and the sums are 0. The label's
+    logit is NaN for a label outside `[0, V)`, and empty with `labels=None`.
+    """
+    n_rows = hidden.shape[0] if rows is None else rows.shape[0]
+    vocab_size, hidden_size = weight.shape
+    target_logit = hidden.new_full(
+        (0 if labels is None else n_rows,), float("nan"), dtype=torch.float32
+    )
+    config = projection_config(hidden, weight, MANY_ROWS)
+    row_blocks, splits, tiles_per_split = split_vocabulary(
+        n_rows, vocab_size, config.block_rows, config.block_vocab
+    )
+    parts = target_logit.new_zeros((5, splits, n_rows))
+    with on(hidden.device):
+        _projection_partials_kernel[(row_blocks * splits,)](
+            hidden,
+            weight,
+            None if bias is None else bias.contiguous(),
+            None if labels is None else labels.contiguous(),
+            None if rows is None else rows.contiguous(),
+            target_logit,
+            parts,
+            n_rows,
+            vocab_size,
+            hidden_size,
+            splits,
+            tiles_per_split,
+            hidden.stride(0),
+            hidden.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            **transform_arguments(transform),
+            SECOND=sums.second,
+            SHORTFALL=sums.shortfall,
+            SQUARES=sums.squares,
+            EVEN_HIDDEN=hidden_size % config.block_hidden == 0,
+            GROUP_ROWS=GROUP_ROWS,
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_VOCAB=config.block_vocab,
+            BLOCK_HIDDEN=config.block_hidden,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return parts, target_logit
+
+
+# These vary from batch to batch and need no code of their own; sizes and strides are worth theirs.
+@triton.jit(do_not_specialize=["n_rows", "splits", "tiles_per_split"])
+def _projection_partials_kernel(
+    hidden_ptr,  # (N, H)
+    weight_ptr,  # (V, H)
+    bias_ptr,  # (V,) or None
+    labels_ptr,  # (n,) or None
+    rows_ptr,  # (n,) or None
+    target_logit_ptr,  # (n,)
+    parts_ptr,  # (5, splits, n)
+    n_rows,
+    vocab_size,
+    hidden_size,
+    splits,
+    tiles_per_split,
+    hidden_stride_row,
+    hidden_stride_col,
+    weight_stride_row,
+    weight_stride_col,
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    SECOND: tl.constexpr,
+    SHORTFALL: tl.constexpr,
+    SQUARES: tl.constexpr,
+    EVEN_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """One block of rows against one split of the vocabulary."""
+    row_block, split = row_block_and_split(n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_exists = row < n_rows
+    # Rows and columns past the end read the last one: what comes of them is dropped later, and the
+    # loads in the inner loop need no mask.
+    row = tl.minimum(row, n_rows - 1)
+    source = row.to(tl.int64)
+    if rows_ptr is not None:
+        source = tl.load(rows_ptr + row).to(tl.int64)
+    hidden_rows = hidden_ptr + source[:, None] * hidden_stride_row
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row)
+        # Comparing 32-bit integers is cheaper; -1 is no column.
+        label = tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
+
+    maximum = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
+    second = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
+    others = tl.zeros((BLOCK_ROWS,), tl.float32)
+    shortfall = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
+    first_tile = split * tiles_per_split
+    end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab_size, BLOCK_VOCAB))
+    for tile in range(first_tile, end_tile):
+        column = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+        existing = tl.minimum(column, vocab_size - 1)
+        weight_rows = weight_ptr + existing.to(tl.int64)[None, :] * weight_stride_row
+        x = project_tile(
+            hidden_rows, weight_rows, hidden_size, hidden_stride_col, weight_stride_col,
+            EVEN_HIDDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
+        )  # fmt: skip
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + existing).to(tl.float32)[None, :]
+        z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
+
+        z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
+        if labels_ptr is not None:
+            in_tile = (label >= tile * BLOCK_VOCAB) & (label < (tile + 1) * BLOCK_VOCAB)
+            if tl.max(in_tile.to(tl.int32), axis=0) == 1:
+                is_label = column[None, :] == label[:, None]
+                target_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
+                # One tile holds the label; nobody writes where none does.
+                tl.store(target_logit_ptr + row, target_logit, mask=row_exists & in_tile)
+
+        # A finite reference keeps `z - reference` from being NaN while every logit is -inf.
+        tile_maximum = tl.max(z, axis=1)
+        reference = tl.maximum(tile_maximum, LOWEST)[:, None]
+        is_top = z == reference
+        tops = tl.sum(is_top.to(tl.float32), axis=1)
+        # One top is left out, whatever its column; if there are more, the rest are others.
+        more_tops = tl.maximum(tops - 1.0, 0.0)
+        if SECOND:
+            runner_up = tl.max(tl.where(is_top, -float("inf"), z), axis=1)
+            runner_up = tl.where(tops > 1.0, tile_maximum, runner_up)
+            second = tl.maximum(second, runner_up)
+            second = tl.maximum(second, tl.minimum(maximum, tile_maximum))
+        difference = tl.maximum(z - reference, -FAR)
+        exponentials = tl.where(is_top, 0.0, tl.exp(difference))
+        tile_others = more_tops + tl.sum(exponentials, axis=1)
+
+        # Join what was found before with this tile, the one with the lower maximum rescaled: its
+        # own top becomes one of the others.
+        new_maximum = tl.maximum(maximum, tile_maximum)
+        reference = tl.maximum(new_maximum, LOWEST)
+        before = tl.minimum(reference - maximum, FAR)
+        now = tl.minimum(reference - tile_maximum, FAR)
+        weight_before = tl.exp(-before)
+        weight_now = tl.exp(-now)
+        lower_top = weight_before * weight_now
+        if SHORTFALL:
+            tile_shortfall = -tl.sum(difference * exponentials, axis=1)
+            shortfall = weight_before * (shortfall + before * others)
+            shortfall += weight_now * (tile_shortfall + now * tile_others)
+            shortfall += (before + now) * lower_top
+        if SQUARES:
+            tile_squares = more_tops + tl.sum(exponentials * exponentials, axis=1)
+            squares = weight_before * weight_before * squares + lower_top * lower_top
+            squares += weight_now * weight_now * tile_squares
+        others = weight_before * others + weight_now * tile_others + lower_top
+        maximum = new_maximum
+
+    number = splits.to(tl.int64) * n_rows  # of values of one kind
+    parts_ptrs = parts_ptr + split.to(tl.int64) * n_rows + row
+    tl.store(parts_ptrs, maximum, mask=row_exists)
+    if SECOND:
+        tl.store(parts_ptrs + number, second, mask=row_exists)
+    tl.store(parts_ptrs + 2 * number, others, mask=row_exists)
+    if SHORTFALL:
+        tl.store(parts_ptrs + 3 * number, shortfall, mask=row_exists)
+    if SQUARES:
+        tl.store(parts_ptrs + 4 * number, squares, mask=row_exists)

@@ -1,0 +1,84 @@
+"""The command says what it does, and what is wrong with its input, in a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from tiny_teachers import rows, tiny_model, tiny_tokenizer
+
+from fastpref.cli import main
+from fastpref.teacher import load_shaping
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows())), "utf-8")
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return command
+
+
+VALUES = ("values", "--teacher", "teacher", "--dataset", "rows.jsonl", "--output", "out.parquet")
+
+
+def test_it_writes_a_dataset(run, tmp_path):
+    code, out, _ = run(*VALUES, "--gamma", "0.9", "--per-token")
+    assert code == 0
+    assert out == "out.parquet: 7 pairs with chosen_shaping and rejected_shaping\n"
+    found = load_shaping(tmp_path / "out.parquet", gamma=0.9, per_token=True, model="teacher")
+    assert len(found["chosen_values"]) == 7
+
+
+def test_what_was_left_out_is_said(run, tmp_path):
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('\n{"prompt": "x", "chosen": 5, "rejected": "y"}\n')
+    code, out, err = run(*VALUES, "--skip-bad-rows")
+    assert code == 0 and "7 pairs" in out and "left out 1 rows: 7" in err
+
+
+ERRORS = {
+    "no such teacher": (["--teacher", "nowhere/at/all"], "teacher: expected a model folder"),
+    "no such dataset": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    "output of another kind": (["--output", "out.csv"], "output: expected"),
+    "a bad row": (["--max-length", "5"], "7 bad rows: row 0: the prompt alone has"),
+    "gamma": (["--gamma", "-1"], "gamma: expected"),
+    "batch size": (["--batch-size", "0"], "batch_size: expected"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line(run, name):
+    arguments, message = ERRORS[name]
+    code, out, _ = run(*VALUES, *arguments)
+    assert isinstance(code, str)  # which Python prints, with exit code 1
+    assert code.startswith("fastpref: ") and message in code and "\n" not in code
+    assert not out
+
+
+def test_unknown_choices_are_refused_with_the_choices(run):
+    code, _, err = run(*VALUES, "--potential", "luck")
+    assert code == 2 and "'value', 'max', 'margin', 'expectation'" in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["values", "--help"], []])
+def test_help_explains(run, arguments):
+    _, out, err = run(*arguments)
+    assert "values" in out + err
+
+
+def test_help_names_every_option(run):
+    _, out, _ = run("values", "--help")
+    for option in ("teacher", "dataset", "output", "potential", "gamma", "max-length", "per-token"):
+        assert f"--{option}" in out

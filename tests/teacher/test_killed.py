@@ -1,0 +1,59 @@
+"""A precompute may be killed at any moment and continues to the same file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+from tiny_teachers import rows, tiny_model, tiny_tokenizer
+
+HERE = Path(__file__).parent
+
+
+def test_killed_ten_times_it_ends_in_the_same_file(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(HERE / "killing.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    done = [int(word) for word in run.stdout.split()]
+    assert len(done) == 10
+    assert done == sorted(done) and 0 < done[-1], "kills came too early to lose anything"
+    whole, killed = (
+        pyarrow.parquet.read_table(tmp_path / name) for name in ("whole.parquet", "killed.parquet")
+    )
+    assert whole.schema.equals(killed.schema, check_metadata=True)
+    assert whole.equals(killed)
+    assert sorted(os.listdir(tmp_path)) == ["killed.parquet", "whole.parquet"]
+
+
+def test_two_processes_give_the_file_of_one(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows())), "utf-8")
+    arguments = ["--teacher", tmp_path / "teacher", "--dataset", tmp_path / "rows.jsonl"]
+    arguments += ["--batch-size", "2"]
+    launchers = {
+        "one": [],
+        "two": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
+    }
+    for name, launcher in launchers.items():
+        output = tmp_path / f"{name}.parquet"
+        run = subprocess.run(
+            [sys.executable, *launcher, "-m", "fastpref", "values", *arguments, "--output", output],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("7 pairs") == 1, run.stdout
+    one, two = (pyarrow.parquet.read_table(tmp_path / f"{name}.parquet") for name in launchers)
+    assert one.equals(two) and one.schema.equals(two.schema, check_metadata=True)
