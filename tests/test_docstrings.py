@@ -7,15 +7,25 @@ import doctest
 import pytest
 import torch
 
-import fastpref
+import fastpref.teacher
+from fastpref.integrations import transformers as heads
 
-FUNCTIONS = [name for name in fastpref.__all__ if not isinstance(getattr(fastpref, name), type)]
+FUNCTIONS = {
+    name: getattr(module, name)
+    for module, names in (
+        (fastpref, fastpref.__all__),
+        (fastpref.teacher, fastpref.teacher.__all__),
+        (heads, ["lm_head_of"]),
+    )
+    for name in names
+    if not isinstance(getattr(module, name), type)
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_examples_run(name):
-    names = {"torch": torch, **{public: getattr(fastpref, public) for public in fastpref.__all__}}
-    (found,) = doctest.DocTestFinder().find(getattr(fastpref, name), name, globs=names)
+    names = {"torch": torch, **FUNCTIONS}
+    (found,) = doctest.DocTestFinder().find(FUNCTIONS[name], name, globs=names)
     assert found.examples, f"{name} has no example"
     results = doctest.DocTestRunner().run(found)
     assert results.failed == 0, f"{results.failed} of {results.attempted} examples failed"

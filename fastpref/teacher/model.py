@@ -32,6 +32,10 @@ def load_teacher(
 
     Raises:
         ValueError: A dtype that is not one of these, or nothing to load under this name.
+
+    Example:
+        >>> def large_teacher():
+        ...     return load_teacher("meta-llama/Llama-3.1-8B-Instruct", device_map="auto")
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

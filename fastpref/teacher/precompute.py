@@ -136,17 +136,20 @@ def add_shaping(
     }
     state = this_process()
     if output.exists():
+        found = load_shaping(output, **settings)
         FinishedBatches.discard(output)
-        return load_shaping(output, **settings)
+        return found
     finished = FinishedBatches(output, settings)
     batches = plan(pairs, batch_size)
     for number, batch in _with_progress(batches, finished, state):
         states, labels = read_states(model, head, batch, check=number < state.num_processes)
         results = shape_batch(states, head, labels, options, per_token=per_token)
+        _check_finite(results["shaping"], batch)
         finished.save(number, {name: to_float32(values) for name, values in results.items()})
     state.wait_for_everyone()
     if state.is_main_process:
-        write_dataset(_add_columns(rows, batches, finished, per_token), output, settings)
+        found = _add_columns(rows, batches, finished, per_token)
+        write_dataset(found, output, settings, finished.folder)
         FinishedBatches.discard(output)
     state.wait_for_everyone()
     return load_shaping(output)
@@ -253,6 +256,18 @@ def shape_batch(
         values, labels, gamma=options.gamma, terminal=options.terminal, form=options.form
     )
     return {"shaping": shaping, "values": values[in_response], "counts": in_response.sum(1)}
+
+
+def _check_finite(shaping: Tensor, batch: list[TokenizedPair]) -> None:
+    wrong = ~shaping.isfinite().view(2, -1).all(0)
+    if bool(wrong.any()):
+        numbers = [
+            pair.row for pair, is_wrong in zip(batch, wrong.tolist(), strict=True) if is_wrong
+        ]
+        raise ValueError(
+            f"model: expected finite values, got NaN or infinity for rows {numbers}; "
+            "float16 may overflow where bfloat16 or float32 do not"
+        )
 
 
 def _rows_of(dataset: Any) -> Any:

@@ -39,6 +39,24 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
     """Rows of a JSON-lines or Parquet file, of a saved dataset, or of one on the Hub.
 
     JSON lines are read row by row, so that a row of another type spoils itself only.
+
+    Args:
+        source: A ``.jsonl``, ``.json`` or ``.parquet`` file, a folder that ``save_to_disk`` wrote,
+            or a name on the Hub.
+        split: Of a saved dataset with several, or of one on the Hub.
+
+    Returns:
+        The rows: a list for JSON lines, a ``datasets.Dataset`` otherwise.
+
+    Raises:
+        ValueError: No such file or split, or a line that is not JSON.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "pairs.jsonl")
+        >>> _ = file.write_text('{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}')
+        >>> read_rows(str(file))
+        [{'prompt': '2 + 2 =', 'chosen': ' 4', 'rejected': ' 5'}]
     """
     import datasets
 

@@ -78,11 +78,13 @@ def check_settings(where: Path, found: Settings, expected: Settings) -> None:
         )
 
 
-def write_dataset(dataset: datasets.Dataset, output: Path, settings: Settings) -> None:
-    """Write a dataset and its settings as one Parquet file."""
+def write_dataset(
+    dataset: datasets.Dataset, output: Path, settings: Settings, folder: Path
+) -> None:
+    """Write a dataset and its settings as one Parquet file, first in a folder beside it."""
     import pyarrow.parquet
 
-    temporary = _beside(output)
+    temporary = folder / "dataset.parquet"
     # Arrow keeps the features of the dataset in the schema, where ours go beside them.
     schema = dataset.features.arrow_schema
     metadata = {**(schema.metadata or {}), METADATA: json.dumps(settings).encode()}

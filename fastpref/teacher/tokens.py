@@ -134,4 +134,6 @@ def _length_defect(
         return f"{pair.length()} tokens, the model reads {context_length}"
     if min(len(pair.chosen), len(pair.rejected)) == 0:
         return "a response has no token of its own"
+    if len(pair.prompt) + min(len(pair.chosen), len(pair.rejected)) < 2:
+        return "a response of one token that nothing precedes"
     return None

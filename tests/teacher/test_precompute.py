@@ -215,6 +215,15 @@ def test_a_model_in_pieces_gives_the_same_numbers(teacher, tmp_path):
     assert again["chosen_shaping"] == list(whole["chosen_shaping"])
 
 
+def test_values_that_are_not_finite_are_refused(teacher, tmp_path):
+    model, tokenizer = teacher
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("x")] = torch.inf
+    examples = [*rows(2), conversation("x", "sky", "rain")]
+    with pytest.raises(ValueError, match=r"got NaN or infinity for rows \[2\]"):
+        add_shaping(examples, model, tokenizer, tmp_path / "out.parquet")
+
+
 def test_batches_are_of_like_lengths(teacher):
     pairs, _ = tokenize_rows(rows(12), teacher[1], max_length=None, context_length=None)
     batches = plan(pairs, 5)

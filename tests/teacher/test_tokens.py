@@ -124,6 +124,12 @@ def test_a_response_that_nothing_precedes_loses_its_first_token_only():
     assert torch.equal(labels[0][labels[0] != -100], tokens[0, 1 : len(pair.chosen)])
 
 
+def test_one_token_that_nothing_precedes_is_no_response():
+    row = {"prompt": "", "chosen": "the sky", "rejected": "</s>"}
+    pairs, bad = tokenize_rows([row], tiny_tokenizer(), max_length=None, context_length=None)
+    assert not pairs and bad == [(0, "a response of one token that nothing precedes")]
+
+
 def test_truncation_keeps_the_start():
     row = conversation("what is it", "the sky " * 30, "rain")
     (whole,), _ = tokenize_rows([row], tiny_tokenizer(), max_length=None, context_length=None)
