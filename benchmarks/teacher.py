@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pyarrow.parquet
 import torch
@@ -19,12 +19,18 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from fastpref.integrations.transformers import head_states, lm_head_of
-from fastpref.ops import linear_stats
-from fastpref.teacher import add_shaping, load_teacher, precompute, read_rows
-from fastpref.teacher.actions import ACTION_REWARDS
-from fastpref.teacher.shaping import POTENTIALS
-from fastpref.teacher.tokens import IGNORE_INDEX, TokenizedPair, pad_pairs, tokenize_rows
+from fastpref.integrations.transformers import LMHead
+from fastpref.teacher import (
+    action_rewards,
+    add_shaping,
+    load_teacher,
+    precompute,
+    read_rows,
+    teacher_shaping,
+)
+from fastpref.teacher.actions import ActionReward
+from fastpref.teacher.shaping import Potential
+from fastpref.teacher.tokens import TokenIds, TokenizedPair, tokenize_rows
 
 RESULTS = Path(__file__).with_name("results")
 SIDES = ("chosen", "rejected")
@@ -52,6 +58,9 @@ def main(
     pairs: Annotated[
         Path, typer.Option(help="Preference pairs: JSON lines or Parquet.")
     ] = SHIPPED_PAIRS,
+    compare: Annotated[
+        int, typer.Option(min=1, help="Hold at most so many pairs to full logits.")
+    ] = 1_000_000,
     output: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
 ) -> None:
     """Precompute values for all pairs, then hold them to full logits, one sequence at a time."""
@@ -60,22 +69,25 @@ def main(
     rows = list(read_rows(str(pairs)))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "values.parquet"
-        cost, found = precompute_and_measure(rows, teacher, tokenizer, file)
+        cost, found, rewards = precompute_and_measure(rows, teacher, tokenizer, file)
     tokenized, _ = tokenize_rows(rows, tokenizer, max_length=None, context_length=None)
-    naive, rewards = read_one_by_one(teacher, tokenized)
-    wanted = torch.tensor(naive)  # (pairs, 2)
-    got = torch.tensor([[row[f"{side}_shaping"] for side in SIDES] for row in found])
+    compared = tokenized[:: max(1, -(-len(tokenized) // compare))]
+    naive = torch.tensor(shaping_from_full_logits(teacher, compared))  # (compared pairs, 2)
+    got = torch.tensor(
+        [[found[pair.row][f"{side}_shaping"] for side in SIDES] for pair in compared]
+    )
     report: dict[str, Any] = {
         **describe_run(),
         "model": name,
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "pairs": len(tokenized),
-        "tokens": sum(int(pad_pairs([pair])[1].sum()) for pair in tokenized),
+        "tokens": sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in tokenized),
         **cost,
-        "largest_difference_from_full_logits": float((got - wanted).abs().max()),
-        "largest_shaping": float(wanted.abs().max()),
+        "compared_pairs": len(compared),
+        "largest_difference_from_full_logits": float((got - naive).abs().max()),
+        "largest_shaping": float(naive.abs().max()),
     }
-    ranking = [rank(name, torch.tensor(sums)) for name, sums in rewards.items()]
+    ranking = [rank(name, torch.cat(sums)) for name, sums in rewards.items()]
     show(report, ranking)
     path = output or RESULTS / f"teacher-{'cpu' if teacher.device.type == 'cpu' else 'cuda'}.json"
     write_json(path, report, ranking)
@@ -84,12 +96,24 @@ def main(
 
 def precompute_and_measure(
     rows: list[Any], model: Any, tokenizer: Any, file: Path
-) -> tuple[dict[str, float], Any]:
-    """Run `add_shaping` as anyone would; seconds of its parts and bytes of its columns."""
-    with timed("read_states") as body, timed("shape_batch") as head:
+) -> tuple[dict[str, float], Any, dict[str, list[Tensor]]]:
+    """Run `add_shaping` as anyone would; its cost, its dataset, and all of table 5's rewards.
+
+    The rewards (pairs, 2) come from the same hidden states, outside the time.
+    """
+    rewards: dict[str, list[Tensor]] = {}
+    besides: list[float] = []
+
+    def note_rewards(states: Tensor, head: LMHead, labels: Tensor, *_: Any, **__: Any) -> None:
+        began = time.perf_counter()
+        for name, sums in table_5(states, head, labels).items():
+            rewards.setdefault(name, []).append(sums.view(2, -1).T.cpu())
+        besides.append(time.perf_counter() - began)
+
+    with timed("read_states") as body, timed("shape_batch", then=note_rewards) as head:
         began = time.perf_counter()
         found = add_shaping(rows, model, tokenizer, file)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - sum(besides)
     columns = pyarrow.parquet.ParquetFile(file).metadata
     added = sum(
         column.total_compressed_size
@@ -104,12 +128,12 @@ def precompute_and_measure(
         "head_share": sum(head) / seconds,
         "bytes_a_response": added / (2 * len(found)),
     }
-    return cost, found
+    return cost, found, rewards
 
 
 @contextmanager
-def timed(function: str) -> Iterator[list[float]]:
-    """Note how long each call of a step of the precompute takes."""
+def timed(function: str, then: Callable[..., None] | None = None) -> Iterator[list[float]]:
+    """Note how long each call of a step of the precompute takes; ``then`` gets its arguments."""
     step: Callable[..., Any] = getattr(precompute, function)
     seconds: list[float] = []
 
@@ -119,6 +143,8 @@ def timed(function: str) -> Iterator[list[float]]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
+        if then is not None:
+            then(*args, **kwargs)
         return result
 
     setattr(precompute, function, noting)
@@ -128,43 +154,33 @@ def timed(function: str) -> Iterator[list[float]]:
         setattr(precompute, function, step)
 
 
-@torch.no_grad()
-def read_one_by_one(
-    model: Any, pairs: list[TokenizedPair]
-) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
-    """From full logits in float64 the shaping, and every reward of table 5: (pairs, 2) each."""
-    head = lm_head_of(model)
-    naive: list[list[float]] = []
-    rewards: dict[str, list[list[float]]] = {}
-    for pair in tqdm(pairs, desc="full logits", unit="pair"):
-        naive.append([])
-        for name in (*POTENTIALS, *ACTION_REWARDS):
-            rewards.setdefault(name, []).append([])
-        for response in (pair.chosen, pair.rejected):
-            # A pair of the same response twice: one sequence by itself, without padding.
-            alone = pair._replace(chosen=response, rejected=response)
-            tokens, _, labels = (part[:1].to(model.device) for part in pad_pairs([alone]))
-            states, _ = head_states(model, input_ids=tokens)
-            values = torch.logsumexp(model.get_output_embeddings()(states).double(), -1)
-            predicting = torch.nonzero(labels[0] != IGNORE_INDEX).squeeze(1)
-            first, last = predicting[0], predicting[-1] + 1
-            naive[-1].append(float(values[0, last] - values[0, first]))
+def table_5(states: Tensor, head: LMHead, labels: Tensor) -> dict[str, Tensor]:
+    """The sum (2B,) of each potential's shaping and of each action-dependent reward."""
+    options: dict[str, Any] = head._asdict()
+    weight = options.pop("weight")
+    return {
+        name: teacher_shaping(states, weight, labels, potential=name, **options)
+        for name in get_args(Potential)
+    } | {
+        name: action_rewards(states, weight, labels, reward=name, **options)
+        for name in get_args(ActionReward)
+    }
 
-            found = linear_stats(
-                states[:, first : last + 1],
-                head.weight,
-                # No label after the last token, whose state counts all the same: any will do.
-                torch.nn.functional.pad(labels[:, first:last], (0, 1)),
-                stats=(*POTENTIALS.values(), *ACTION_REWARDS.values()),
-                bias=head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-            )
-            for name, statistic in POTENTIALS.items():
-                rewards[name][-1].append(float(found[statistic][0, -1] - found[statistic][0, 0]))
-            for name, statistic in ACTION_REWARDS.items():
-                rewards[name][-1].append(float(found[statistic][0, :-1].sum()))
-    return naive, rewards
+
+@torch.no_grad()
+def shaping_from_full_logits(model: Any, pairs: list[TokenizedPair]) -> list[list[float]]:
+    """The shaping of both responses the naive way, one sequence at a time."""
+
+    def shaping(prompt: TokenIds, response: TokenIds) -> float:
+        tokens = torch.tensor([[*prompt.tolist(), *response.tolist()]], device=model.device)
+        logits = model(input_ids=tokens).logits[0]
+        first, last = torch.logsumexp(logits[[len(prompt) - 1, -1]].double(), -1).tolist()
+        return last - first
+
+    return [
+        [shaping(pair.prompt, pair.chosen), shaping(pair.prompt, pair.rejected)]
+        for pair in tqdm(pairs, desc="full logits", unit="pair")
+    ]
 
 
 def rank(name: str, sums: Tensor) -> Ranking:
@@ -183,8 +199,8 @@ def show(report: dict[str, Any], ranking: list[Ranking]) -> None:
         f"in {report['seconds']:.1f} s, of which the model {report['model_seconds']:.1f} s and the "
         f"head {report['head_seconds']:.2f} s ({report['head_share']:.1%}).\n"
         f"{report['bytes_a_response']:.1f} bytes a response. Largest difference from full logits "
-        f"{report['largest_difference_from_full_logits']:.1e}, of shapings up to "
-        f"{report['largest_shaping']:.1f}."
+        f"over {report['compared_pairs']} pairs {report['largest_difference_from_full_logits']:.1e}, "
+        f"of shapings up to {report['largest_shaping']:.1f}."
     )
     table = Table("reward", "chosen above rejected", "mean margin", "median margin")
     for row in ranking:
