@@ -174,8 +174,8 @@ def shaping_from_full_logits(model: Any, pairs: list[TokenizedPair]) -> list[lis
     def shaping(prompt: TokenIds, response: TokenIds) -> float:
         tokens = torch.tensor([[*prompt.tolist(), *response.tolist()]], device=model.device)
         logits = model(input_ids=tokens).logits[0]
-        first, last = torch.logsumexp(logits[[len(prompt) - 1, -1]].double(), -1).tolist()
-        return last - first
+        before, after = torch.logsumexp(logits[[len(prompt) - 1, -1]].double(), -1)
+        return float(after - before)
 
     return [
         [shaping(pair.prompt, pair.chosen), shaping(pair.prompt, pair.rejected)]
@@ -199,8 +199,8 @@ def show(report: dict[str, Any], ranking: list[Ranking]) -> None:
         f"in {report['seconds']:.1f} s, of which the model {report['model_seconds']:.1f} s and the "
         f"head {report['head_seconds']:.2f} s ({report['head_share']:.1%}).\n"
         f"{report['bytes_a_response']:.1f} bytes a response. Largest difference from full logits "
-        f"over {report['compared_pairs']} pairs {report['largest_difference_from_full_logits']:.1e}, "
-        f"of shapings up to {report['largest_shaping']:.1f}."
+        f"over {report['compared_pairs']} pairs "
+        f"{report['largest_difference_from_full_logits']:.1e}, of shapings up to {report['largest_shaping']:.1f}."
     )
     table = Table("reward", "chosen above rejected", "mean margin", "median margin")
     for row in ranking:
