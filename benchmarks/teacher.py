@@ -200,7 +200,8 @@ def show(report: dict[str, Any], ranking: list[Ranking]) -> None:
         f"head {report['head_seconds']:.2f} s ({report['head_share']:.1%}).\n"
         f"{report['bytes_a_response']:.1f} bytes a response. Largest difference from full logits "
         f"over {report['compared_pairs']} pairs "
-        f"{report['largest_difference_from_full_logits']:.1e}, of shapings up to {report['largest_shaping']:.1f}."
+        f"{report['largest_difference_from_full_logits']:.1e}, of shapings up to "
+        f"{report['largest_shaping']:.1f}."
     )
     table = Table("reward", "chosen above rejected", "mean margin", "median margin")
     for row in ranking:
