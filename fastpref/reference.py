@@ -117,14 +117,36 @@ def teacher_shaping(
     gamma: float = 1.0,
     terminal: str = "bootstrap",
     form: str = "difference",
+    potential: str = "value",
     ignore_index: int = -100,
     **head: object,
 ) -> Tensor:
-    """Shaping (2B,) from the values of all states."""
-    values = linear_logsumexp(hidden, weight, **head)  # type: ignore[arg-type]
+    """Shaping (2B,) from the potentials of all states."""
+    no_labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    stats = linear_stats(hidden, weight, no_labels, **head)  # type: ignore[arg-type]
+    values = {
+        "value": stats["logsumexp"],
+        "max": stats["max_prob"],
+        "margin": stats["margin"],
+        "expectation": stats["expected_logit"],
+    }[potential]
     return shaping_from_values(
         values, labels, gamma=gamma, terminal=terminal, form=form, ignore_index=ignore_index
     )
+
+
+def action_rewards(
+    hidden: Tensor,  # (2B, T + 1, H)
+    weight: Tensor,
+    labels: Tensor,  # (2B, T)
+    *,
+    reward: str,
+    ignore_index: int = -100,
+    **head: object,
+) -> Tensor:
+    """Sum (2B,) of the logits or log-probabilities of all labels."""
+    stats = linear_stats(hidden[:, :-1], weight, labels, ignore_index=ignore_index, **head)  # type: ignore[arg-type]
+    return stats[{"logit": "target_logit", "logp": "target_logp"}[reward]].sum(-1)
 
 
 def tvkd_loss(

@@ -1,0 +1,95 @@
+"""Table 5: the other potentials, and the rewards that depend on the action."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import DTYPES, batches, hold_difference, hold_equal
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastpref import reference, teacher_shaping
+from fastpref.teacher import action_rewards
+
+POTENTIALS = ["value", "max", "margin", "expectation"]
+REWARDS = ["logit", "logp"]
+OPTIONS = st.fixed_dictionaries(
+    {
+        "gamma": st.sampled_from([1.0, 0.9]),
+        "terminal": st.sampled_from(["bootstrap", "zero"]),
+        "form": st.sampled_from(["difference", "next_value"]),
+    }
+)
+
+
+def run(function, batch, dtype, **options):
+    leaves = batch.leaves(dtype, set())
+    return function(
+        leaves["states"],
+        leaves["weight"],
+        batch.labels,
+        bias=leaves.get("bias"),
+        ignore_index=batch.ignore_index,
+        **batch.head,
+        **options,
+    )
+
+
+def largest_logit_sum(batch) -> float:
+    head = {name: value for name, value in batch.head.items() if name != "temperature"}
+    logits = reference.logits(batch.states, batch.weight, bias=batch.bias, **head)
+    return float(logits.abs().amax(-1).sum(1).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("potential", POTENTIALS)
+@given(batch=batches(), options=OPTIONS, compact=st.booleans())
+def test_shaping_by_any_potential_equals_the_reference(potential, dtype, batch, options, compact):
+    options = {**options, "potential": potential}
+    found = run(teacher_shaping, batch, dtype, compact=compact, **options)
+    plain, exact = (
+        run(reference.teacher_shaping, batch, one, **options) for one in (dtype, torch.float64)
+    )
+    probabilities = potential in ("max", "margin")
+    scale = float(batch.labels.shape[1]) if probabilities else largest_logit_sum(batch)
+    hold_difference(found, plain, exact, dtype, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reward", REWARDS)
+@given(batch=batches(), compact=st.booleans())
+def test_action_rewards_equal_the_reference(reward, dtype, batch, compact):
+    found = run(action_rewards, batch, dtype, reward=reward, compact=compact)
+    plain, exact = (
+        run(reference.action_rewards, batch, one, reward=reward) for one in (dtype, torch.float64)
+    )
+    hold_difference(found, plain, exact, dtype, largest_logit_sum(batch))
+
+
+@pytest.mark.parametrize("name", POTENTIALS + REWARDS)
+@given(batch=batches())
+def test_packed_equals_padded(name, batch):
+    function, option = (
+        (teacher_shaping, "potential") if name in POTENTIALS else (action_rewards, "reward")
+    )
+    leaves = batch.leaves(torch.float64, set())
+    packed = function(
+        batch.pack(leaves["states"]),
+        leaves["weight"],
+        batch.packed_labels(),
+        cu_seqlens=batch.cu_seqlens(),
+        bias=leaves.get("bias"),
+        ignore_index=batch.ignore_index,
+        **batch.head,
+        **{option: name},
+    )
+    padded = run(function, batch, torch.float64, **{option: name})
+    hold_equal({name: packed}, {name: padded})
+
+
+def test_unknown_names_are_refused():
+    states, weight, labels = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 2).long()
+    with pytest.raises(ValueError, match="potential: expected .*margin"):
+        teacher_shaping(states, weight, labels, potential="luck")
+    with pytest.raises(ValueError, match="reward: expected .*logp"):
+        action_rewards(states, weight, labels, reward="luck")
