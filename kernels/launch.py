@@ -11,6 +11,9 @@ from torch import Tensor
 ELEMENTS = 1024
 ELEMENT_WARPS = 4
 
+# A teacher is read at two positions a sequence: so few rows are bound by reading the weight.
+FEW_ROWS = 64
+
 
 class ProjectionConfig(NamedTuple):
     """Tile shape and launch options of a kernel built on `hidden @ weight.T`."""
@@ -30,12 +33,12 @@ def backend() -> str:
 def projection_config(hidden: Tensor, weight: Tensor, n_rows: int) -> ProjectionConfig:
     """Choose the shipped configuration for `n_rows` rows of `hidden` (N, H) @ `weight.T` (H, V).
 
-    Few rows (a teacher is read at two positions a sequence) are bound by reading the weight, so
-    their tiles are short and their pipeline deep; many rows are bound by arithmetic. Float32 is
-    multiplied in full precision without tensor cores and needs its registers for operands. So do
-    operands that cannot be read 16 bytes at a time: nothing copies these past the registers.
+    Few rows are bound by reading the weight, so their tiles are short and their pipeline deep;
+    many rows are bound by arithmetic. Float32 is multiplied in full precision without tensor cores
+    and needs its registers for operands. So do operands that cannot be read 16 bytes at a time:
+    nothing copies these past the registers.
     """
-    few = n_rows <= 64
+    few = n_rows <= FEW_ROWS
     if hidden.dtype == torch.float32:
         config = ProjectionConfig(32, 32, 32, 4, 3) if few else ProjectionConfig(64, 64, 16, 8, 3)
     elif not (_is_vectorizable(hidden) and _is_vectorizable(weight)):
@@ -46,6 +49,35 @@ def projection_config(hidden: Tensor, weight: Tensor, n_rows: int) -> Projection
         config = ProjectionConfig(128, 128, 64, 8, 3)
     # CDNA has 64 KiB of shared memory, and its compiler keeps one more stage in registers.
     return config._replace(num_stages=2) if backend() == "hip" else config
+
+
+def reads_through_descriptors(hidden: Tensor, weight: Tensor, n_rows: int) -> bool:
+    """Whether the device copies tiles of these operands by itself (TMA: Hopper and later)."""
+    if hidden.device.type != "cuda" or backend() == "hip" or n_rows <= FEW_ROWS:
+        return False
+    if torch.cuda.get_device_capability(hidden.device) < (9, 0) or hidden.dtype == torch.float32:
+        return False
+    return all(
+        matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
+        for matrix in (hidden, weight)
+    )
+
+
+def persistent_config(device: torch.device) -> ProjectionConfig:
+    """Choose the configuration of kernels that read through descriptors.
+
+    The wide tile needs every register that Hopper has; on Blackwell it would spill.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0):
+        return ProjectionConfig(128, 256, 64, 8, 3)
+    return ProjectionConfig(128, 128, 64, 8, 4)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once where each fills a multiprocessor; the interpreter has 4."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _is_vectorizable(matrix: Tensor) -> bool:

@@ -5,15 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dot import dot
-from .launch import on, projection_config
+from .launch import on, projection_config, reads_through_descriptors
+from .logsumexp_persistent import persistent_logsumexp
+from .online import LOWEST, fold_logits
+from .projection import GROUP_ROWS, project_tile, row_block_and_split, split_vocabulary
 from .transform import Transform, transform_arguments, transform_logits
-
-# The vocabulary is split until there are enough programs to fill any device, and at least so often
-# that the programs of one wave form a square of row blocks and splits that share their operands.
-PROGRAMS = 512
-MIN_SPLITS = 16
-GROUP_ROWS = 16
 
 
 def projection_logsumexp(
@@ -40,12 +36,15 @@ def projection_logsumexp(
     if n_rows == 0:
         return target_logit, target_logit.new_empty(0)
 
+    if reads_through_descriptors(hidden, weight, n_rows):
+        if rows is not None:  # gathered: a descriptor reads rows that lie side by side
+            hidden = hidden.index_select(0, rows)
+        lse = persistent_logsumexp(hidden, weight, bias, labels, target_logit, transform)
+        return target_logit, torch.logsumexp(lse, dim=0)
     config = projection_config(hidden, weight, n_rows)
-    row_blocks = triton.cdiv(n_rows, config.block_rows)
-    tiles = triton.cdiv(vocab_size, config.block_vocab)
-    splits = min(tiles, max(MIN_SPLITS, triton.cdiv(PROGRAMS, row_blocks)))
-    tiles_per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, tiles_per_split)
+    row_blocks, splits, tiles_per_split = split_vocabulary(
+        n_rows, vocab_size, config.block_rows, config.block_vocab
+    )
     lse = target_logit.new_empty((splits, n_rows))
     with on(hidden.device):
         _projection_logsumexp_kernel[(row_blocks * splits,)](
@@ -107,13 +106,8 @@ def _projection_logsumexp_kernel(
     BLOCK_HIDDEN: tl.constexpr,
 ):
     """One block of rows against one split of the vocabulary."""
-    # Programs that run together: GROUP_ROWS blocks of rows, and for these every split in turn.
-    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
-    first_block = tl.program_id(0) // (GROUP_ROWS * splits) * GROUP_ROWS
-    group_rows = tl.minimum(row_blocks - first_block, GROUP_ROWS)
-    in_group = tl.program_id(0) % (GROUP_ROWS * splits)
-    split = in_group // group_rows
-    row = (first_block + in_group % group_rows) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_block, split = row_block_and_split(n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_exists = row < n_rows
     # Rows and columns past the end read the last one: what comes of them is dropped later, and the
     # loads in the inner loop need no mask.
@@ -122,13 +116,13 @@ def _projection_logsumexp_kernel(
     if rows_ptr is not None:
         source = tl.load(rows_ptr + row).to(tl.int64)
     hidden_rows = hidden_ptr + source[:, None] * hidden_stride_row
+    label = -1
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         # Comparing 32-bit integers is cheaper; -1 is no column.
         label = tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
 
-    # A finite start keeps `maximum - maximum` from being NaN while every logit so far is -inf.
-    maximum = tl.full((BLOCK_ROWS,), -3.4028234663852886e38, tl.float32)
+    maximum = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     sum_exp = tl.zeros((BLOCK_ROWS,), tl.float32)
     target_logit = tl.zeros((BLOCK_ROWS,), tl.float32)
     first_tile = split * tiles_per_split
@@ -137,34 +131,17 @@ def _projection_logsumexp_kernel(
         column = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
         existing = tl.minimum(column, vocab_size - 1)
         weight_rows = weight_ptr + existing.to(tl.int64)[None, :] * weight_stride_row
-        x = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
-        for start in range(0, hidden_size, BLOCK_HIDDEN):
-            k = start + tl.arange(0, BLOCK_HIDDEN)
-            # 64 bits: a transposed operand has a stride of its other size.
-            hidden_ptrs = hidden_rows + (k.to(tl.int64) * hidden_stride_col)[None, :]
-            weight_ptrs = weight_rows + (k.to(tl.int64) * weight_stride_col)[:, None]
-            if EVEN_HIDDEN:
-                a = tl.load(hidden_ptrs)
-                b = tl.load(weight_ptrs)
-            else:
-                a = tl.load(hidden_ptrs, mask=(k < hidden_size)[None, :], other=0.0)
-                b = tl.load(weight_ptrs, mask=(k < hidden_size)[:, None], other=0.0)
-            x = dot(a, b, x)
+        x = project_tile(
+            hidden_rows, weight_rows, hidden_size, hidden_stride_col, weight_stride_col,
+            EVEN_HIDDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
+        )  # fmt: skip
         if bias_ptr is not None:
             x += tl.load(bias_ptr + existing).to(tl.float32)[None, :]
         z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-
-        z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
-        if labels_ptr is not None:
-            in_tile = (label >= tile * BLOCK_VOCAB) & (label < (tile + 1) * BLOCK_VOCAB)
-            if tl.max(in_tile.to(tl.int32), axis=0) == 1:
-                is_label = column[None, :] == label[:, None]
-                target_logit += tl.sum(tl.where(is_label, z, 0.0), axis=1)
-                z = tl.where(is_label, -float("inf"), z)
-        new_maximum = tl.maximum(maximum, tl.max(z, axis=1))
-        sum_exp *= tl.exp(maximum - new_maximum)
-        sum_exp += tl.sum(tl.exp(z - new_maximum[:, None]), axis=1)
-        maximum = new_maximum
+        maximum, sum_exp, target_logit = fold_logits(
+            z, tile * BLOCK_VOCAB, vocab_size, label, maximum, sum_exp, target_logit,
+            labels_ptr is not None, BLOCK_VOCAB,
+        )  # fmt: skip
 
     lse = maximum + tl.log(sum_exp)
     tl.store(lse_ptr + split.to(tl.int64) * n_rows + row, lse, mask=row_exists)

@@ -175,8 +175,9 @@ def _projection_partials_kernel(
         reference = tl.maximum(tile_maximum, LOWEST)[:, None]
         is_top = z == reference
         tops = tl.sum(is_top.to(tl.float32), axis=1)
-        # One top is left out, whatever its column; if there are more, the rest are others.
-        more_tops = tl.maximum(tops - 1.0, 0.0)
+        # One top is left out, whatever its column; if there are more, the rest are others. A tile
+        # of -inf alone has none, but its weight below is 0.
+        more_tops = tops - 1.0
         if SECOND:
             runner_up = tl.max(tl.where(is_top, -float("inf"), z), axis=1)
             runner_up = tl.where(tops > 1.0, tile_maximum, runner_up)

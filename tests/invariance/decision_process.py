@@ -30,6 +30,10 @@ class DecisionProcess(NamedTuple):
         """Add a reward (S, A) that may depend on the action."""
         return self._replace(reward=self.reward + reward)
 
+    def greedy(self) -> DecisionProcess:
+        """The same process without the entropy."""
+        return self._replace(temperature=0.0)
+
     def backup(self, values: Tensor) -> Tensor:
         """``Q(s, a)`` of the values of the next states."""
         return self.reward + self.gamma * self.transition @ values
@@ -58,15 +62,19 @@ class DecisionProcess(NamedTuple):
         return q, operations * EPSILON * size * amplification
 
     def policy(self) -> Tensor:
-        """The optimal log-policy (S, A) of a positive temperature."""
-        return (self.solve()[0] / self.temperature).log_softmax(1)
+        """The probabilities (S, A) of the optimal policy."""
+        q, _ = self.solve()
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(q.argmax(1), q.shape[1]).double()
+        return (q / self.temperature).softmax(1)
 
-    def value_of(self, actions: Tensor) -> Tensor:
-        """Returns (S,) of a deterministic policy (S,), by solving its linear equations."""
-        states = torch.arange(len(actions))
-        transition = self.transition[states, actions]
-        identity = torch.eye(len(actions), dtype=torch.float64)
-        return torch.linalg.solve(identity - self.gamma * transition, self.reward[states, actions])
+    def value_of(self, policy: Tensor) -> Tensor:
+        """Returns (S,) of any policy (S, A), entropy included, by solving its linear equations."""
+        entropy = -torch.xlogy(policy, policy)
+        reward = (policy * self.reward + self.temperature * entropy).sum(1)
+        transition = torch.einsum("sa,sat->st", policy, self.transition)
+        identity = torch.eye(len(policy), dtype=torch.float64)
+        return torch.linalg.solve(identity - self.gamma * transition, reward)
 
 
 def random_process(
