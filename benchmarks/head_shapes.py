@@ -8,8 +8,7 @@ from torch import Tensor
 
 # A softmax over independent normal logits is far flatter than a language model's, which would
 # flatter no one and wrong those who skip small probabilities. With these numbers a row has about
-# 130 probabilities above 2**-12, and 7 % of the mass lies below: SmolLM2 on real text has 134
-# and 5 %.
+# 130 probabilities above 2**-12, and 7 % of the mass lies below.
 POPULARITY_EXPONENT = 1.2  # logit of a token with rank r, before its context: -1.2 log r
 CONTEXT_DEVIATION = 2.5  # standard deviation of the logits that the context adds
 LARGEST_LABEL_BONUS = 16.0  # the label's logit gains between 0 and this: tokens differ in certainty
