@@ -11,6 +11,7 @@ from counting import flops_of, peak_bytes_of
 
 import fastpref
 from fastpref.ops import tiling
+from fastpref.ops.linear_stats import FORMULAS
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the profiler does not see Triton's products"
@@ -49,6 +50,40 @@ def test_no_gradient_takes_one():
     with torch.no_grad():
         assert flops_of(lambda: fastpref.linear_logps(hidden, weight, labels)) == PASS
         assert flops_of(lambda: fastpref.linear_logsumexp(hidden, weight)) == PASS
+        stats = list(FORMULAS)
+        assert flops_of(lambda: fastpref.linear_stats(hidden, weight, labels, stats=stats)) == PASS
+        labels[: ROWS // 2] = -100
+        assert flops_of(lambda: fastpref.linear_stats(hidden, weight, labels, stats=stats)) == (
+            PASS / 2
+        )
+
+
+def test_statistics_never_hold_the_logits(monkeypatch):
+    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 2**19)
+
+    def peak(rows: int) -> int:
+        hidden, weight = torch.randn(rows, WIDTH), torch.randn(VOCAB, WIDTH)
+        labels = torch.randint(0, VOCAB, (rows,))
+        return peak_bytes_of(
+            lambda: fastpref.linear_stats(hidden, weight, labels, stats=list(FORMULAS))
+        )
+
+    small, large = peak(ROWS), peak(4 * ROWS)
+    assert large < 4 * (4 * ROWS) * VOCAB / 10  # two tiles: logits, and their exponentials
+    # What grows are the five numbers of a row, a few times over, and the nine answers.
+    assert large - small < 3 * ROWS * 4 * 50
+
+
+def test_a_gradient_of_the_logsumexp_takes_two_more():
+    hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
+    weight, labels = torch.randn(VOCAB, WIDTH), torch.randint(0, VOCAB, (ROWS,))
+
+    def run(*, uses_lse: bool) -> None:
+        logps, lse = fastpref.linear_logps(hidden, weight, labels, return_lse=True)
+        (logps.sum() + lse.sum() if uses_lse else logps.sum()).backward()
+
+    assert flops_of(lambda: run(uses_lse=False)) == 2 * PASS
+    assert flops_of(lambda: run(uses_lse=True)) == 4 * PASS
 
 
 def test_ignored_rows_cost_nothing():
@@ -77,3 +112,25 @@ def test_the_cache_stays_within_its_budget(monkeypatch):
     assert (
         peak_bytes_of(train_step(trained=True, scratch_bytes=budget)) <= without + budget + numbers
     )
+
+
+def test_the_cache_is_no_larger_than_what_there_is_to_keep():
+    everything = 4 * ROWS * VOCAB + 4 * ROWS  # exponentials, and a maximum a row
+    without = peak_bytes_of(train_step(trained=True))
+    found = peak_bytes_of(train_step(trained=True, scratch_bytes=2**30))
+    assert found <= without + everything + 4 * ROWS
+
+
+def test_nothing_is_kept_where_no_head_trains():
+    frozen = peak_bytes_of(train_step(trained=False, scratch_bytes=2**20))
+    assert frozen == peak_bytes_of(train_step(trained=False))
+
+    def without_gradient(scratch_bytes: int) -> int:
+        hidden, weight = torch.randn(ROWS, WIDTH), torch.randn(VOCAB, WIDTH, requires_grad=True)
+        labels = torch.randint(0, VOCAB, (ROWS,))
+        with torch.no_grad():
+            return peak_bytes_of(
+                lambda: fastpref.linear_logps(hidden, weight, labels, scratch_bytes=scratch_bytes)
+            )
+
+    assert without_gradient(2**20) == without_gradient(0)

@@ -76,14 +76,14 @@ def test_is_top1_wherever_rounding_cannot_decide(dtype, head):
     assert (found == right)[clear].all()
 
 
-@given(
-    head=heads(), stats=st.lists(st.sampled_from(EVERYTHING), min_size=1, max_size=4, unique=True)
-)
-def test_each_is_the_same_whatever_else_is_asked(head, stats):
-    everything, some = run(head), run(head, stats)
-    assert list(some) == stats
-    for name in stats:
-        torch.testing.assert_close(some[name], everything[name], rtol=0, atol=0)
+@given(head=heads())
+def test_each_is_the_same_whatever_else_is_asked(head):
+    everything = run(head)
+    for name in EVERYTHING:
+        alone = run(head, [name])
+        assert list(alone) == [name]
+        torch.testing.assert_close(alone[name], everything[name], rtol=0, atol=0)
+    assert list(run(head, EVERYTHING[::-1])) == EVERYTHING[::-1]
 
 
 @given(head=heads())
@@ -167,7 +167,7 @@ def test_certain_models_keep_their_digits(gap, tiled, monkeypatch):
 
 
 def test_a_small_margin_keeps_its_digits():
-    logits = torch.tensor([[5.0, 5.0 + 2**-20, 0.0]])
+    logits = torch.tensor([[2**-8, 2**-8 + 3 * 2**-26, 0.0]])  # 1 - exp would be a third off
     found = of_logits(logits, torch.tensor([0]))
     first, second, _ = logits.double().softmax(-1).sort(-1, descending=True).values[0]
     torch.testing.assert_close(found["margin"].double(), (first - second)[None], rtol=2e-6, atol=0)
