@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -23,16 +24,22 @@ def check_number(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
-) -> None:
-    """Refuse a hyper-parameter that is not a finite number within its bounds."""
+) -> float:
+    """Refuse a hyper-parameter that is not a finite number within its bounds; give it as a float.
+
+    Tensors are refused: the host would have to wait for their device.
+    """
     bounds = [
         f"{word} {bound}"
         for word, bound in (("above", above), ("at least", at_least), ("at most", at_most))
         if bound is not None
     ]
     expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, Tensor):
+        refuse(name, f"{expected} (use .item())", repr(value))
+    if isinstance(value, bool) or not isinstance(value, Real):
         refuse(name, expected, repr(value))
+    value = float(value)
     if not -math.inf < value < math.inf:  # torch.compile does not trace math.isfinite
         refuse(name, expected, repr(value))
     if (
@@ -41,6 +48,19 @@ def check_number(
         or (at_most is not None and value > at_most)
     ):
         refuse(name, expected, value)
+    return value
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        refuse(name, "True or False", repr(value))
+
+
+def check_ignore_index(value: int) -> None:
+    """Refuse an ``ignore_index`` that is not an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        refuse("ignore_index", "an integer", repr(value))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -77,6 +97,13 @@ def check_integers(name: str, tensor: Tensor) -> None:
         refuse(name, "a tensor", type(tensor).__name__)
     if tensor.dtype not in INTEGERS:
         refuse(name, "an integer dtype such as int64", tensor.dtype)
+
+
+def check_labels(labels: Tensor, hidden: Tensor) -> None:
+    """Refuse labels that are not integers on the device of the hidden states."""
+    check_floating("hidden", hidden)
+    check_integers("labels", labels)
+    check_device("labels", labels, "hidden", hidden)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

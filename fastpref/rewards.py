@@ -31,7 +31,8 @@ def sequence_rewards(
         labels: (2B, T) integers, already shifted, or packed (N,).
         head_weight: (1, H), as ``torch.nn.Linear(H, 1)`` has it, or (H,).
         head_bias: (1,), () or None.
-        cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
+        cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first; the
+            host reads them.
         ignore_index: The label of positions outside the response.
 
     Returns:
@@ -61,6 +62,8 @@ def sequence_rewards(
         states = hidden[torch.arange(hidden.shape[0], device=hidden.device), after_last]
     else:
         states = hidden[after_last]
+    # Before the product: what a sequence without labels holds must not reach the head's gradient.
+    states = torch.where((last >= 0).unsqueeze(1), states, 0)
     dtype = statistics_dtype(hidden.dtype)
     rewards = (states.to(dtype) * head_weight.reshape(-1).to(dtype)).sum(-1)
     if head_bias is not None:

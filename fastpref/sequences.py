@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastpref.checks import check_device, check_floating, check_integers, check_shape, refuse
+from fastpref.checks import (
+    check_device,
+    check_floating,
+    check_ignore_index,
+    check_integers,
+    check_shape,
+    refuse,
+)
+
+# The label of every position behind unread boundaries that are wrong: outside any vocabulary.
+SPOILED = torch.iinfo(torch.int64).max
+WITHOUT_FLOAT64 = ("mps", "xpu")  # of the latter some devices
 
 
 def check_pairs(
@@ -20,12 +31,13 @@ def check_pairs(
     """Refuse labels that are not stacked pairs.
 
     The host reads ``cu_seqlens`` to check them. Without ``read`` it never waits for the device, and
-    where they are wrong every label becomes one that gives NaN.
+    where they are wrong every label becomes one that gives NaN, ``SPOILED``.
 
     Returns labels and boundaries as int64, which holds any ``ignore_index``, and the number of
     sequences, 2B.
     """
     check_integers("labels", labels)
+    check_ignore_index(ignore_index)
     labels = labels.to(torch.int64)
     if cu_seqlens is None:
         if labels.dim() != 2 or labels.shape[0] % 2 or not labels.shape[0]:
@@ -84,11 +96,14 @@ def labels_of_states(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: in
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sum (2B, T) or packed (N,) numbers over each sequence: (2B,)."""
+    """Sum (2B, T) or packed (N,) numbers over each sequence: (2B,) of the same dtype."""
     if cu_seqlens is None:
         return values.sum(-1)
-    sums = values.new_zeros(cu_seqlens.shape[0] - 1)
-    return sums.index_add(0, _sequence_of_position(values, cu_seqlens), values)
+    # index_add takes one number after the other and so rounds more than sum, which adds by pairs.
+    wide = values if values.device.type in WITHOUT_FLOAT64 else values.to(torch.float64)
+    sums = wide.new_zeros(cu_seqlens.shape[0] - 1)
+    sums = sums.index_add(0, sequence_of_position(values.shape[0], cu_seqlens), wide)
+    return sums.to(values.dtype)
 
 
 def last_position(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -101,7 +116,14 @@ def last_position(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return position.amax(-1)
     last = position.new_full((cu_seqlens.shape[0] - 1,), -1)
-    return last.scatter_reduce(0, _sequence_of_position(mask, cu_seqlens), position, "amax")
+    sequence = sequence_of_position(mask.shape[0], cu_seqlens)
+    return last.scatter_reduce(0, sequence, position, "amax")
+
+
+def sequence_of_position(count: int, boundaries: Tensor) -> Tensor:
+    """Which sequence each of ``count`` positions belongs to (N,), by boundaries (2B + 1,)."""
+    positions = torch.arange(count, device=boundaries.device, dtype=boundaries.dtype)
+    return torch.searchsorted(boundaries[1:-1], positions, right=True)
 
 
 def offsets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -109,12 +131,6 @@ def offsets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is not None:
         return cu_seqlens
     return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1]
-
-
-def _sequence_of_position(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    positions = torch.arange(values.shape[0], device=values.device, dtype=cu_seqlens.dtype)
-    # Unread boundaries may end early; what is behind them then counts to the last sequence.
-    return torch.searchsorted(cu_seqlens[1:-1], positions, right=True)
 
 
 @torch.library.custom_op("fastpref::checked_boundaries", mutates_args=())
@@ -149,13 +165,15 @@ def _(cu_seqlens: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 def _unread_boundaries(
     cu_seqlens: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Make boundaries safe without reading them, and spoil the labels where they are wrong.
+    """Where boundaries are wrong, cut evenly instead and spoil all labels, without a host read.
 
     A label outside any vocabulary gives NaN, which is how wrong input shows where nobody waits.
+    An even cut leaves no sequence without one, if there are positions for all.
     """
+    sequences = cu_seqlens.shape[0] - 1
+    evenly = torch.arange(sequences + 1, device=labels.device) * labels.shape[0] // sequences
     right = torch.stack(_boundary_rules(cu_seqlens, labels, ignore_index)).all()
-    within = cu_seqlens.clamp(0, labels.shape[0]).cummax(0).values
-    return within, torch.where(right, labels, torch.iinfo(torch.int64).max)
+    return torch.where(right, cu_seqlens, evenly), torch.where(right, labels, SPOILED)
 
 
 def _boundary_rules(cu_seqlens: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

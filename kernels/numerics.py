@@ -24,8 +24,7 @@ def log1p_bounded(u):
     """`log(1 + u)` for `u` in [-1/2, 1]: `2 atanh(s)` with `s = u / (2 + u)`, `|s| <= 1/3`."""
     s = u / (2.0 + u)
     square = s * s
-    series = 1.0 / 15.0
-    series = 1.0 / 13.0 + square * series
+    series = 1.0 / 13.0
     series = 1.0 / 11.0 + square * series
     series = 1.0 / 9.0 + square * series
     series = 1.0 / 7.0 + square * series

@@ -61,7 +61,7 @@ def gradient_tile(
     labels: Tensor | None,  # (n,) int64
     vocab_start: int,
     transform: Transform,
-    lse: Tensor,  # (n,) float32
+    lse: Tensor,  # (n,) float32, not -inf
     probability_coefficients: Tensor,  # (n,) float32
     label_coefficients: Tensor,  # (n,) float32
     out: Tensor,  # (n, w)
@@ -175,9 +175,8 @@ def _gradient_tile_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(tile_ptr + row * tile_stride + column, mask=column < width, other=0.0)
     z, slope = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    # A logit of -inf has no probability, also in a row where nothing else has any.
-    exponential = tl.where(z == -float("inf"), 0.0, tl.exp(z - tl.load(lse_ptr + row)))
-    gradient = tl.load(probability_coefficients_ptr + row) * exponential
+    probability = tl.exp(z - tl.load(lse_ptr + row))
+    gradient = tl.load(probability_coefficients_ptr + row) * probability
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row) - vocab_start
         gradient = tl.where(column == label, tl.load(label_coefficients_ptr + row), gradient)

@@ -44,7 +44,7 @@ def transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.const
     if HAS_SOFTCAP:
         softcap = tl.cast(softcap, tl.float32)
         saturation = tanh(x * (logit_scale / softcap))
-        slope = factor * ((1.0 - saturation) * (1.0 + saturation))
+        slope = factor * (1.0 - saturation * saturation)
         return saturation * (softcap / temperature), slope
     else:
         return x * factor, factor

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpref.checks import check_number
+from fastpref.checks import check_flag, check_labels, check_number
 from fastpref.losses.fused import fused_drdo_pairs, runs_fused
 from fastpref.losses.pairs import SequenceSums, sequence_sums
 from fastpref.ops import HeadOptions, linear_logps
+from fastpref.ops.head import check_options
 from fastpref.sequences import check_pairs, check_per_sequence, offsets
 
 
@@ -89,17 +90,19 @@ def drdo_loss(
         >>> rewards.grad
         tensor([-4.,  4.])
     """
+    check_options("drdo_loss", head_options)
+    check_labels(labels, hidden)
     labels, cu_seqlens, sequences = check_pairs(
         labels, cu_seqlens, ignore_index, read=head_options.get("compact", True)
     )
-    check_number("alpha", alpha, at_least=0)
-    check_number("gamma", gamma, at_least=0)
+    alpha = check_number("alpha", alpha, at_least=0)
+    gamma = check_number("gamma", gamma, at_least=0)
+    check_flag("length_normalize", length_normalize)
+    check_flag("detach_focal", detach_focal)
     check_per_sequence("student_rewards", student_rewards, sequences, labels)
     check_per_sequence("oracle_rewards", oracle_rewards, sequences, labels)
 
-    logps = linear_logps(
-        hidden, weight, labels, ignore_index=ignore_index, return_lse=False, **head_options
-    )
+    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head_options)
     mask = labels != ignore_index
     student_rewards = student_rewards.to(logps.dtype)
     oracle_rewards = oracle_rewards.to(logps.dtype)
@@ -114,7 +117,10 @@ def drdo_loss(
             alpha, gamma, length_normalize, detach_focal,
         )  # fmt: skip
     loss = losses.mean()
-    reward_loss = reward_losses(student_rewards, oracle_rewards).mean().detach()
+    with torch.no_grad():
+        # Each from its own formula: what the loss has beside a large term is lost in rounding.
+        reward_loss = reward_losses(student_rewards, oracle_rewards).mean()
+        preference_loss = focal_losses(sums, alpha, gamma, length_normalize).mean()
     chosen_logps, rejected_logps = sums.logps.detach().chunk(2)
     chosen_rewards, rejected_rewards = student_rewards.detach().chunk(2)
     return DRDOOutput(
@@ -124,7 +130,7 @@ def drdo_loss(
         chosen_rewards,
         rejected_rewards,
         reward_loss,
-        loss.detach() - reward_loss,
+        preference_loss,
     )
 
 
@@ -132,6 +138,23 @@ def reward_losses(student_rewards: Tensor, oracle_rewards: Tensor) -> Tensor:
     """Squared errors (B,) of the student's reward differences, from rewards (2B,)."""
     chosen, rejected = (oracle_rewards - student_rewards).chunk(2)
     return (chosen - rejected).square()
+
+
+def focal_losses(
+    sums: SequenceSums,
+    alpha: float,
+    gamma: float,
+    length_normalize: bool,
+    detach_focal: bool = False,
+) -> Tensor:
+    """The focal log-odds term (B,) of the pairs, sign and ``alpha`` included."""
+    z = sums.per_token(sums.logps) if length_normalize else sums.logps
+    chosen, rejected = z.chunk(2)
+    log_odds = chosen - log1mexp(rejected)
+    focal = torch.exp(gamma * logsigmoid(rejected - chosen))
+    if detach_focal:
+        focal = focal.detach()
+    return -alpha * focal * log_odds
 
 
 def log1mexp(logps: Tensor) -> Tensor:
@@ -161,10 +184,5 @@ def _drdo_pairs(
 ) -> tuple[Tensor, SequenceSums]:
     """The formula, in PyTorch: losses (B,) of the pairs, and the sums they come from."""
     sums = sequence_sums(logps, mask, cu_seqlens)
-    z = sums.per_token(sums.logps) if length_normalize else sums.logps
-    chosen, rejected = z.chunk(2)
-    log_odds = chosen - log1mexp(rejected)
-    focal = torch.exp(gamma * logsigmoid(rejected - chosen))
-    if detach_focal:
-        focal = focal.detach()
-    return reward_losses(student_rewards, oracle_rewards) - alpha * focal * log_odds, sums
+    focal = focal_losses(sums, alpha, gamma, length_normalize, detach_focal)
+    return reward_losses(student_rewards, oracle_rewards) + focal, sums

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastpref.losses.pairs import SequenceSums
 from fastpref.ops.backend import uses_triton
+from fastpref.sequences import sequence_of_position
 
 
 def runs_fused(logps: Tensor, constants: tuple[Tensor | None, ...]) -> bool:
@@ -155,8 +156,7 @@ def _logps_gradient(
     coefficients: Tensor,  # (N,)
 ) -> Tensor:
     """Each token's share in the gradients of its pair's loss and of its sequence's sum: (N,)."""
-    positions = torch.arange(coefficients.shape[0], device=offsets.device, dtype=offsets.dtype)
-    sequence = torch.searchsorted(offsets[1:-1], positions, right=True)
+    sequence = sequence_of_position(coefficients.shape[0], offsets)
     gradient = torch.zeros_like(coefficients)
     if losses_gradient is not None:
         gradient = losses_gradient.repeat(2)[sequence] * coefficients

@@ -51,7 +51,7 @@ def oracle_loss(
         >>> round(out.loss.item(), 4)
         1.0931
     """
-    check_number("sft_weight", sft_weight, at_least=0)
+    sft_weight = check_number("sft_weight", sft_weight, at_least=0)
     check_floating("chosen_rewards", chosen_rewards)
     if chosen_rewards.dim() != 1 or not len(chosen_rewards):
         refuse("chosen_rewards", "shape (B,), at least one pair", tuple(chosen_rewards.shape))

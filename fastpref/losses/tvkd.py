@@ -7,10 +7,18 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_device, check_floating, check_number, check_shape
+from fastpref.checks import (
+    check_device,
+    check_flag,
+    check_floating,
+    check_labels,
+    check_number,
+    check_shape,
+)
 from fastpref.losses.fused import fused_tvkd_pairs, runs_fused
 from fastpref.losses.pairs import SequenceSums, preference_losses, sequence_sums
 from fastpref.ops import HeadOptions, linear_logps
+from fastpref.ops.head import check_options
 from fastpref.sequences import check_pairs, check_per_sequence, offsets, sequence_sum
 
 
@@ -58,7 +66,7 @@ def tvkd_loss(
             ``ignore_index`` outside the response; or packed (N,).
         shaping: (2B,) :math:`\sum_t \psi`, from `teacher_shaping` or `shaping_from_values`.
         beta: Scale of the log-probabilities (> 0).
-        alpha: Weight of the shaping.
+        alpha: Weight of the shaping, which at 0 is not read.
         ref_logps: (2B,) summed log-probabilities of a reference model, subtracted from the
             student's; None for none.
         length_normalize: Divide the whole of :math:`m` by the number of response tokens.
@@ -87,13 +95,16 @@ def tvkd_loss(
         >>> hidden.grad.shape, out.chosen_logps.shape
         (torch.Size([2, 3, 8]), torch.Size([1]))
     """
+    check_options("tvkd_loss", head_options)
+    check_labels(labels, hidden)
     labels, cu_seqlens, sequences = check_pairs(
         labels, cu_seqlens, ignore_index, read=head_options.get("compact", True)
     )
-    check_number("beta", beta, above=0)
-    check_number("alpha", alpha)
-    check_number("label_smoothing", label_smoothing, at_least=0, at_most=0.5)
-    check_number("sft_weight", sft_weight, at_least=0)
+    beta = check_number("beta", beta, above=0)
+    alpha = check_number("alpha", alpha)
+    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0, at_most=0.5)
+    sft_weight = check_number("sft_weight", sft_weight, at_least=0)
+    check_flag("length_normalize", length_normalize)
     check_per_sequence("shaping", shaping, sequences, labels)
     if ref_logps is not None:
         check_per_sequence("ref_logps", ref_logps, sequences, labels)
@@ -102,9 +113,7 @@ def tvkd_loss(
         check_shape("token_weights", token_weights, labels.shape, "like labels")
         check_device("token_weights", token_weights, "labels", labels)
 
-    logps = linear_logps(
-        hidden, weight, labels, ignore_index=ignore_index, return_lse=False, **head_options
-    )
+    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head_options)
     mask = labels != ignore_index
     shaping = shaping.to(logps.dtype)
     ref_logps = None if ref_logps is None else ref_logps.to(logps.dtype)
@@ -154,7 +163,9 @@ def _tvkd_pairs(
         weighted = sequence_sum(torch.where(mask, token_weights, 0) * logps, cu_seqlens)
     if ref_logps is not None:
         weighted = weighted - ref_logps
-    values = beta * weighted - alpha * shaping
+    values = beta * weighted
+    if alpha:
+        values = values - alpha * shaping
     if length_normalize:
         values = sums.per_token(values)
     chosen, rejected = values.chunk(2)

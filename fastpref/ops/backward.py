@@ -35,6 +35,8 @@ def gradients(
     The vocabulary is the outer loop, so each stretch of the weight's gradient is finished at once
     and summed in float32 whatever its dtype.
     """
+    # Finite, so that no difference to it is NaN in a row whose every logit is -inf.
+    lse = lse.clamp_min(torch.finfo(lse.dtype).min)
     grid = tile_grid(hidden.shape[0], weight.shape[0], hidden.device, lse.dtype)
     gradient_tile = tile_functions(hidden).gradient_tile
     hidden = hidden.to(operand_dtype(hidden))

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from fastpref.ops.backend import tile_functions
 from fastpref.ops.cache import TileCache
-from fastpref.ops.matmul import multiply, operand_dtype, statistics_dtype
+from fastpref.ops.matmul import jacobian_dtype, multiply, operand_dtype, statistics_dtype
 from fastpref.ops.tiling import Tiling, carve, tile_grid
 from fastpref.ops.transform import LogitTransform
 
@@ -82,7 +82,9 @@ def statistics_and_jacobian(
     """
     grid, scratch, running = _start(hidden, weight)
     fold_tile = tile_functions(hidden).fold_tile
-    jacobian = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    jacobian = torch.empty_like(
+        hidden, dtype=jacobian_dtype(hidden.dtype), memory_format=torch.contiguous_format
+    )
     hidden = hidden.to(operand_dtype(hidden))
     operands = grid.operand_buffer(scratch, hidden.dtype)
     for rows in grid.row_blocks():
@@ -106,7 +108,8 @@ def statistics_and_jacobian(
             label_rows = weight.index_select(0, labels[rows].clamp(0, weight.shape[0] - 1))
             slope = transform.slope(target_logit)
             slope = slope.unsqueeze(1) if isinstance(slope, Tensor) else slope
-            torch.sub(label_rows * slope, total, out=total)
+            # Wide before the slope, which in a narrow dtype would round, and overflow float16.
+            torch.sub(label_rows.to(total.dtype).mul_(slope), total, out=total)
             total.mul_(torch.sigmoid(others - target_logit).unsqueeze(1))
         jacobian[rows] = total
     return _finish(*running), jacobian

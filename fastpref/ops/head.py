@@ -5,11 +5,13 @@
 ``temperature``           divides the logits (> 0)
 ``logit_scale``           multiplies the projection, as in Cohere and Granite
 ``softcap``               ``softcap * tanh(x / softcap)``, as in Gemma (> 0); None for none
-``compact``               project labelled rows only, at one read by the host; ``False``
-                          never waits for the device (CUDA graphs), projects every row and
-                          answers NaN where a label is outside the vocabulary
-``scratch_bytes``         where the head trains: keep projections for backward in so many
-                          bytes instead of computing them again
+``compact``               project labelled rows only, at one read by the host in forward and,
+                          where the head trains, one more in backward; ``False`` never waits
+                          for the device (CUDA graphs), projects every row and answers NaN
+                          where a label is outside the vocabulary
+``scratch_bytes``         where the head trains: keep exponentials for backward in at most so
+                          many bytes instead of computing them again; what is held is sized
+                          by all rows, labelled or not
 ========================  ================================================================
 """
 
@@ -21,8 +23,16 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from fastpref.checks import check_floating, check_head, check_number, refuse
+from fastpref.checks import (
+    check_flag,
+    check_floating,
+    check_head,
+    check_ignore_index,
+    check_number,
+    refuse,
+)
 from fastpref.ops.linear_logps_op import linear_logps_op
+from fastpref.ops.transform import LogitTransform
 
 
 class HeadOptions(TypedDict, total=False):
@@ -34,6 +44,16 @@ class HeadOptions(TypedDict, total=False):
     softcap: float | None
     compact: bool
     scratch_bytes: int
+
+
+OPTIONS = frozenset(HeadOptions.__annotations__)
+
+
+def check_options(function: str, options: HeadOptions) -> None:
+    """Refuse keyword arguments that no head has in the name of the function that was called."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def call_head(
@@ -49,23 +69,15 @@ def call_head(
     compact: bool = True,
     scratch_bytes: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Check and cast the arguments, run the operator; (...) log-probabilities and logsumexp."""
-    check_number("temperature", temperature, above=0)
-    check_number("logit_scale", logit_scale)
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        refuse("ignore_index", "an integer", repr(ignore_index))
+    """Check and cast the arguments, run the operator.
+
+    Returns (...) log-probabilities and (...) ``temperature * logsumexp``.
+    """
     if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
         refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
-    if bias is not None:
-        check_floating("bias", bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    check_head(hidden, weight, bias)
-
-    _refuse_tangents(hidden, weight, bias)
+    hidden, weight, bias, transform = prepare_head(
+        hidden, weight, bias, temperature, logit_scale, softcap, ignore_index, compact
+    )
     wants_gradient = torch.is_grad_enabled()
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     shape = hidden.shape[:-1]
@@ -74,15 +86,41 @@ def call_head(
         weight,
         bias,
         None if labels is None else labels.reshape(-1),
-        float(temperature),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
+        *transform,
         ignore_index,
         compact,
         wants_gradient and hidden.requires_grad and not trains_head,
         scratch_bytes if wants_gradient and trains_head else 0,
     )
-    return logps if labels is None else logps.view(shape), lse.view(shape)
+    values = lse.view(shape) if temperature == 1 else lse.view(shape) * transform.temperature
+    return logps if labels is None else logps.view(shape), values
+
+
+def prepare_head(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, LogitTransform]:
+    """Check what every function with a head takes; cast the operands as autocast wants them."""
+    temperature = check_number("temperature", temperature, above=0)
+    logit_scale = check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        softcap = check_number("softcap", softcap, above=0)
+    check_ignore_index(ignore_index)
+    check_flag("compact", compact)
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if bias is not None:
+        check_floating("bias", bias)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check_head(hidden, weight, bias)
+    _refuse_tangents(hidden, weight, bias)
+    return hidden, weight, bias, LogitTransform(temperature, logit_scale, softcap)
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:

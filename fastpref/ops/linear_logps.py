@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_device, check_floating, check_integers, check_shape
+from fastpref.checks import check_labels, check_shape
 from fastpref.ops.head import call_head
 
 
@@ -65,8 +65,9 @@ def linear_logps(
               z = \mathrm{softcap}(\mathrm{logit\_scale}\,(h W^\top + b)) / \mathrm{temperature}
 
     Exact forward and backward, in two matrix products where only ``hidden`` needs a gradient (the
-    Jacobian is taken in the forward pass) and in four where the head trains. Call it under
-    ``torch.no_grad()`` where no gradient is wanted: one matrix product.
+    Jacobian is taken in the forward pass, and kept in the size of ``hidden``, of float32 for
+    float16) and in four where the head trains. Call it under ``torch.no_grad()`` where no gradient
+    is wanted: one matrix product.
 
     Args:
         hidden: (..., H) hidden states that the head reads; float64, float32, float16 or bfloat16.
@@ -77,12 +78,16 @@ def linear_logps(
         logit_scale: Multiplies the projection, as in Cohere and Granite.
         softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
         ignore_index: The label of positions to leave out; their log-probability is 0.
-        compact: Project only labelled rows, for which the host reads one count from the device.
-            ``False`` never waits for the device (CUDA graphs), projects every row, and answers NaN
-            where a label is outside the vocabulary.
-        scratch_bytes: Where the head trains, keep projections for the backward pass in at most so
-            many bytes instead of computing them again: down to three matrix products.
-        return_lse: Also return the logsumexp values.
+        compact: Project only labelled rows, for which the host reads one count from the device,
+            and where the head trains once more in the backward pass. ``False`` never waits for the
+            device (CUDA graphs), projects every row, and answers NaN where a label is outside the
+            vocabulary.
+        scratch_bytes: Where the head trains, keep exponentials for the backward pass in at most so
+            many bytes instead of computing them again: down to three matrix products. What is
+            held is sized by all rows, labelled or not.
+        return_lse: Also return the logsumexp values. A frozen head keeps the Jacobian of the
+            log-probabilities alone: a loss that uses the logsumexp computes the logits again in
+            its backward pass, four matrix products in all.
 
     Returns:
         (...) log-probabilities in nats, float32 (float64 for float64 inputs), 0 where ignored. With
@@ -102,11 +107,9 @@ def linear_logps(
         (torch.Size([2, 3]), 0.0)
         >>> logps.sum().backward()
     """
-    check_floating("hidden", hidden)
-    check_integers("labels", labels)
+    check_labels(labels, hidden)
     check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
-    check_device("labels", labels, "hidden", hidden)
-    logps, lse = call_head(
+    logps, values = call_head(
         hidden,
         weight,
         labels.to(torch.int64),
@@ -118,4 +121,4 @@ def linear_logps(
         compact=compact,
         scratch_bytes=scratch_bytes,
     )
-    return (logps, lse * temperature) if return_lse else logps
+    return (logps, values) if return_lse else logps

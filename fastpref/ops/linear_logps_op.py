@@ -15,7 +15,7 @@ from fastpref.ops.backend import uses_triton
 from fastpref.ops.backward import gradients
 from fastpref.ops.cache import TileCache
 from fastpref.ops.forward import Statistics, statistics, statistics_and_jacobian
-from fastpref.ops.matmul import operand_dtype, statistics_dtype
+from fastpref.ops.matmul import jacobian_dtype, operand_dtype, statistics_dtype
 from fastpref.ops.rows import labelled_rows
 from fastpref.ops.tiling import tile_grid
 from fastpref.ops.transform import LogitTransform
@@ -49,7 +49,7 @@ def linear_logps_op(
     if labels is not None:
         labels = _take(labels, rows)
 
-    found_jacobian = hidden.new_empty(0)
+    found_jacobian = hidden.new_empty(0, dtype=jacobian_dtype(hidden.dtype))
     cache = _cache(hidden, weight, scratch_bytes)
     if jacobian:
         found, found_jacobian = statistics_and_jacobian(
@@ -134,6 +134,12 @@ def linear_logps_backward_op(
             )
         probability_coefficients = from_lse - from_logps
         label_coefficients = from_lse * logps.exp() - from_logps * torch.expm1(logps)
+        if not compact:
+            # Their coefficients are 0, which an exponential that overflows would make NaN. With
+            # these every exponential is 0, and the label's logit, the sum of both, is finite.
+            largest = torch.finfo(lse.dtype).max
+            lse = lse.masked_fill(labels == ignore_index, largest)
+            logps = logps.masked_fill(labels == ignore_index, -largest)
     total = lse.new_empty(count, hidden.shape[1] if wants_hidden else 0)
     gradients(
         _take(hidden, rows),
@@ -179,18 +185,22 @@ def _(
 
 
 @torch.library.custom_op("fastpref::scaled_jacobian", mutates_args=())
-def scaled_jacobian_op(gradient: Tensor, jacobian: Tensor) -> Tensor:
+def scaled_jacobian_op(gradient: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of hidden (N, H) from that of the log-probabilities (N,) and their Jacobian (N, H).
+
+    It is rounded to ``dtype`` once, after the product: a float16 gradient is often within range
+    only by the loss scale that arrives with ``gradient``.
 
     An operator without a derivative of its own: the Jacobian depends on the hidden states, so what
     autograd would make of a second derivative here is wrong, and it says so instead.
     """
-    return torch.mul(gradient.unsqueeze(1), jacobian, out=torch.empty_like(jacobian))
+    scaled = torch.empty_like(jacobian, dtype=dtype)
+    return torch.mul(gradient.unsqueeze(1), jacobian, out=scaled)
 
 
 @scaled_jacobian_op.register_fake
-def _(gradient: Tensor, jacobian: Tensor) -> Tensor:
-    return torch.empty_like(jacobian)
+def _(gradient: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(jacobian, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -212,7 +222,7 @@ def _backward(
     if labels is None:
         own, other = other, own
     if jacobian.numel() and own is not None and other is None:
-        return scaled_jacobian_op(own, jacobian), None, None, *nothing
+        return scaled_jacobian_op(own, jacobian, hidden.dtype), None, None, *nothing
     found = linear_logps_backward_op(
         logps_gradient, lse_gradient, hidden, weight, bias, labels, logps, lse, cache,
         *ctx.transform, ctx.ignore_index, ctx.compact, *wanted,
@@ -230,7 +240,7 @@ def _outputs(
     return (
         hidden.new_empty(count if labels is not None else 0, dtype=dtype),
         hidden.new_empty(count, dtype=dtype),
-        hidden.new_empty((count, width) if jacobian else (0,)),
+        hidden.new_empty((count, width) if jacobian else (0,), dtype=jacobian_dtype(hidden.dtype)),
         _cache(hidden, weight, scratch_bytes),
     )
 

@@ -45,7 +45,7 @@ def linear_logsumexp(
         >>> values.shape, round(float(values[0, 0]), 3)  # log 50
         (torch.Size([2, 3]), 3.912)
     """
-    _, lse = call_head(
+    _, values = call_head(
         hidden,
         weight,
         None,
@@ -54,4 +54,4 @@ def linear_logsumexp(
         logit_scale=logit_scale,
         softcap=softcap,
     )
-    return lse * temperature
+    return values

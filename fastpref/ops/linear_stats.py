@@ -8,16 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.checks import (
-    check_device,
-    check_floating,
-    check_head,
-    check_integers,
-    check_number,
-    check_shape,
-    refuse,
-)
-from fastpref.ops.head import _autocast, _refuse_tangents
+from fastpref.checks import check_labels, check_shape, refuse
+from fastpref.ops.head import prepare_head
 from fastpref.ops.linear_stats_op import linear_stats_op
 from fastpref.ops.partial import Partial
 
@@ -130,24 +122,13 @@ def linear_stats(
         (torch.Size([2, 3]), 3.912)
     """
     _check_stats(stats, has_labels=labels is not None)
-    check_floating("hidden", hidden)
     if labels is not None:
-        check_integers("labels", labels)
+        check_labels(labels, hidden)
         check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
-        check_device("labels", labels, "hidden", hidden)
         labels = labels.to(torch.int64)
-    check_number("temperature", temperature, above=0)
-    check_number("logit_scale", logit_scale)
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        refuse("ignore_index", "an integer", repr(ignore_index))
-    check_floating("weight", weight)
-    if bias is not None:
-        check_floating("bias", bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    check_head(hidden, weight, bias)
-    _refuse_tangents(hidden, weight, bias)
+    hidden, weight, bias, transform = prepare_head(
+        hidden, weight, bias, temperature, logit_scale, softcap, ignore_index, compact
+    )
     _refuse_gradients(hidden, weight, bias)
 
     numbers, target_logit = linear_stats_op(
@@ -155,9 +136,7 @@ def linear_stats(
         weight,
         bias,
         None if labels is None else labels.reshape(-1),
-        float(temperature),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
+        *transform,
         ignore_index,
         compact,
         "margin" in stats,
@@ -173,7 +152,7 @@ def linear_stats(
         partial.shortfall,
         partial.squares,
         target_logit,
-        temperature,
+        transform.temperature,
     )
     found = {name: FORMULAS[name](row).view(hidden.shape[:-1]) for name in stats}
     if labels is None:

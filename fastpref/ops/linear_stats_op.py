@@ -12,7 +12,7 @@ from fastpref.ops.forward import project
 from fastpref.ops.linear_logps_op import _rows, _spread, _take
 from fastpref.ops.matmul import operand_dtype, statistics_dtype
 from fastpref.ops.partial import Partial, Sums, merge, partial_of_tile
-from fastpref.ops.tiles import _label_columns
+from fastpref.ops.tiles import label_columns
 from fastpref.ops.tiling import tile_grid
 from fastpref.ops.transform import LogitTransform
 
@@ -101,7 +101,7 @@ def _statistics(
         for columns in grid.column_blocks():
             logits = transform.apply_(project(hidden[rows], weight, bias, columns, scratch))
             if labels is not None:
-                column, inside = _label_columns(labels[rows], columns.start, logits.shape[1])
+                column, inside = label_columns(labels[rows], columns.start, logits.shape[1])
                 at_label = logits.gather(1, column).squeeze(1)
                 target_logit[rows] = torch.where(inside, at_label, target_logit[rows])
             found = torch.stack(partial_of_tile(logits, sums))

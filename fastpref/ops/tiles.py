@@ -34,7 +34,7 @@ def fold_tile(
     slope = transform.slope(logits) if exponentials is not None else 1.0
     if labels is not None:
         # Leaving the label out keeps 1 - p(label) exact where p(label) is close to one.
-        column, inside = _label_columns(labels, vocab_start, tile.shape[1])
+        column, inside = label_columns(labels, vocab_start, tile.shape[1])
         at_label = logits.gather(1, column).squeeze(1)
         target_logit.copy_(torch.where(inside, at_label, target_logit))
         hidden_from_sum = torch.where(inside, -math.inf, at_label)
@@ -54,7 +54,7 @@ def gradient_tile(
     labels: Tensor | None,  # (n,) int64
     vocab_start: int,
     transform: LogitTransform,
-    lse: Tensor,  # (n,)
+    lse: Tensor,  # (n,), not -inf
     probability_coefficients: Tensor,  # (n,)
     label_coefficients: Tensor,  # (n,)
     out: Tensor,  # (n, w) in the dtype of matrix products, may be the tile
@@ -76,7 +76,7 @@ def write_at_labels(
     values: Tensor,  # (n,)
 ) -> None:
     """Overwrite each row's number at its label, where that lies in the tile."""
-    column, inside = _label_columns(labels, vocab_start, tile.shape[1])
+    column, inside = label_columns(labels, vocab_start, tile.shape[1])
     at_label = torch.where(inside, values.to(tile.dtype), tile.gather(1, column).squeeze(1))
     tile.scatter_(1, column, at_label.unsqueeze(1))
 
@@ -85,7 +85,7 @@ def _scale_(values: Tensor, slope: Tensor | float) -> Tensor:
     return values.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else values
 
 
-def _label_columns(labels: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
+def label_columns(labels: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
     """Each row's label as a column (n, 1) of the tile, and whether it lies inside (n,)."""
     local = labels - vocab_start
     inside = (local >= 0) & (local < width)

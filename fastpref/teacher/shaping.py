@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastpref.checks import check_choice, check_number
+from fastpref.checks import check_choice, check_flag, check_number
 from fastpref.ops import linear_stats
 from fastpref.ops.head import call_head
 from fastpref.ops.linear_stats import Statistic
+from fastpref.ops.matmul import statistics_dtype
 from fastpref.sequences import (
+    SPOILED,
     check_pairs,
     check_states,
     labels_of_states,
@@ -79,7 +81,9 @@ def teacher_shaping(
         logit_scale: Multiplies the projection, as in Cohere and Granite.
         softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
         ignore_index: The label of positions outside the response.
-        compact: Read the head at needed positions only; see `linear_logps`.
+        compact: Read the head at needed positions only, for which the host reads one count, and
+            ``cu_seqlens`` to check them. ``False`` never waits for the device, and answers NaN
+            where ``cu_seqlens`` are wrong.
 
     Returns:
         (2B,) shaping in the unit of the potential (of the logits, or of a probability), float32
@@ -95,9 +99,12 @@ def teacher_shaping(
         >>> teacher_shaping(hidden, weight, labels).shape
         torch.Size([2])
     """
-    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
+    check_flag("compact", compact)
+    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
     check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
-    coefficients = _value_coefficients(labels, gamma, terminal, form, ignore_index, cu_seqlens)
+    coefficients = _value_coefficients(
+        labels, gamma, terminal, form, ignore_index, cu_seqlens, statistics_dtype(hidden.dtype)
+    )
     values = state_potentials(
         hidden,
         weight,
@@ -109,7 +116,9 @@ def teacher_shaping(
         softcap=softcap,
         compact=compact,
     )
-    return _weighted_sum(values, coefficients, cu_seqlens)
+    shaping = _weighted_sum(values, coefficients, cu_seqlens)
+    # Which token a label is does not matter here, so that it is spoiled has to be asked.
+    return shaping if compact else shaping.masked_fill((labels == SPOILED).any(), torch.nan)
 
 
 @torch.no_grad()
@@ -130,7 +139,7 @@ def state_potentials(
     # The label 0 stands for any: all that counts is where the head is read.
     labels = torch.where(wanted, 0, -1)
     if potential == "value":  # which has kernels of its own
-        _, lse = call_head(
+        _, values = call_head(
             hidden,
             weight,
             labels,
@@ -141,7 +150,7 @@ def state_potentials(
             ignore_index=-1,
             compact=compact,
         )
-        return lse * temperature
+        return values
     return linear_stats(
         hidden,
         weight,
@@ -179,11 +188,13 @@ def shaping_from_values(
         gamma: Discount.
         terminal: As in `teacher_shaping`.
         form: As in `teacher_shaping`.
-        cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
+        cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first; the
+            host reads them.
         ignore_index: The label of positions outside the response.
 
     Returns:
-        (2B,) shaping in the unit and dtype of ``values``; 0 for a sequence without labels.
+        (2B,) shaping in the unit of ``values``, float32 (float64 for float64 values); 0 for a
+        sequence without labels.
 
     Raises:
         ValueError: ``values`` without the extra position, rows that are not pairs, a number that is
@@ -196,7 +207,10 @@ def shaping_from_values(
     """
     labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
     check_states("values", values, labels, cu_seqlens, vectors=False)
-    coefficients = _value_coefficients(labels, gamma, terminal, form, ignore_index, cu_seqlens)
+    dtype = statistics_dtype(values.dtype)
+    coefficients = _value_coefficients(
+        labels, gamma, terminal, form, ignore_index, cu_seqlens, dtype
+    )
     return _weighted_sum(values, coefficients, cu_seqlens)
 
 
@@ -207,12 +221,13 @@ def _value_coefficients(
     form: Form,
     ignore_index: int,
     cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """How often each state's value counts in the shaping: (2B, T + 1), or packed (N,).
 
     Where ``gamma`` is 1 the two terms of a state inside a response cancel to exactly 0.
     """
-    check_number("gamma", gamma, at_least=0)
+    gamma = check_number("gamma", gamma, at_least=0)
     check_choice("terminal", terminal, ("bootstrap", "zero"))
     check_choice("form", form, ("difference", "next_value"))
     mask = labels_of_states(labels, cu_seqlens, ignore_index) != ignore_index
@@ -224,10 +239,16 @@ def _value_coefficients(
             positions == last.unsqueeze(1) if cu_seqlens is None else torch.isin(positions, last)
         )
         bootstrapped = mask & ~is_last
-    arrived_at = gamma * pad(bootstrapped[..., :-1].to(torch.float64), (1, 0))
-    return arrived_at - mask.to(torch.float64) if form == "difference" else arrived_at
+    arrived_at = pad(bootstrapped[..., :-1].to(dtype), (1, 0))
+    if form == "next_value":
+        return gamma * arrived_at
+    left = mask.to(dtype)
+    both = arrived_at * left
+    # Rounding gamma - 1 keeps more digits than rounding gamma and subtracting 1. Each state has one
+    # of these three terms. (No torch.where: compiled code would keep the first gamma for good.)
+    return (gamma - 1) * both + gamma * (arrived_at - both) - (left - both)
 
 
 def _weighted_sum(values: Tensor, coefficients: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    weighted = torch.where(coefficients != 0, coefficients.to(values.dtype) * values, 0)
+    weighted = torch.where(coefficients != 0, coefficients * values, 0)
     return sequence_sum(weighted, cu_seqlens)

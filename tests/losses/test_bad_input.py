@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -275,6 +277,13 @@ def test_hidden_on_another_device(name):
     refused(name, "labels", "meta, like hidden", "cpu", hidden=hidden)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_labels_on_another_device(name, packed):
+    labels = arguments(name, packed=packed)["labels"].to(META)
+    refused(name, "labels", "cpu, like hidden", "meta", packed=packed, labels=labels)
+
+
 @pytest.mark.parametrize("name", OF_PAIRS)
 def test_cu_seqlens_on_another_device(name):
     boundaries = torch.zeros(5, dtype=torch.int64, device=META)
@@ -332,6 +341,19 @@ def test_without_compaction_a_bad_label_is_nan(name, label, trained):
 # Boundaries of packed sequences
 
 
+WRONG_OR_RIGHT = [
+    [0, 4, 8, 12, 16],  # the one that is right
+    [1, 4, 8, 12, 16],
+    [0, 4, 8, 12, 15],
+    [0, 4, 8, 12, 99],
+    [0, 8, 4, 12, 16],
+    [0, 4, 8, 12, -16],
+    [0, 0, 0, 0, 0],
+    [16, 16, 16, 16, 16],
+    [0, 99, 99, 99, 99],
+]
+
+
 @pytest.mark.parametrize("name", OF_PAIRS)
 @pytest.mark.parametrize(
     "boundaries",
@@ -346,15 +368,55 @@ def test_wrong_boundaries(name, boundaries):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize(
-    "boundaries",
-    [[0, 4, 8, 12, 16], [1, 4, 8, 12, 16], [0, 4, 8, 12, 15], [0, 4, 8, 12, 99], [0, 8, 4, 12, 16]],
-    ids=["right", "late start", "early end", "late end", "falling"],
-)
+@pytest.mark.parametrize("boundaries", WRONG_OR_RIGHT, ids=str)
 def test_wrong_boundaries_are_nan_where_nobody_reads_them(name, boundaries):
     given = arguments(name, packed=True) | {"cu_seqlens": torch.tensor(boundaries)}
-    loss = getattr(fastpref, name)(**given, compact=False).loss
-    assert torch.isnan(loss) == (boundaries != [0, 4, 8, 12, 16])
+    found = getattr(fastpref, name)(**given, compact=False)
+    numbers = torch.cat((found.loss[None], found.chosen_logps, found.rejected_logps))
+    assert (torch.isnan(numbers) == (boundaries != [0, 4, 8, 12, 16])).all()
+
+
+@pytest.mark.parametrize("boundaries", WRONG_OR_RIGHT, ids=str)
+@pytest.mark.parametrize("potential", ["value", "margin"])
+def test_wrong_boundaries_are_nan_shaping_where_nobody_reads_them(boundaries, potential):
+    given = arguments("teacher_shaping", packed=True) | {"cu_seqlens": torch.tensor(boundaries)}
+    found = fastpref.teacher_shaping(**given, compact=False, potential=potential)
+    assert (torch.isnan(found) == (boundaries != [0, 4, 8, 12, 16])).all()
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """What the host read from a tensor, of all ways that the code knows."""
+    found: list[str] = []
+    for way in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
+        original = getattr(Tensor, way)
+
+        def noting(self: Tensor, *rest: Any, way: str = way, original: Any = original) -> Any:
+            found.append(way)
+            return original(self, *rest)
+
+        monkeypatch.setattr(Tensor, way, noting)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("name", [*LOSSES, "teacher_shaping"])
+def test_how_often_the_host_reads(reads, name, trained, packed):
+    given = arguments(name, packed=packed)
+    given["hidden"].requires_grad_()
+    given["weight"].requires_grad_(trained)
+
+    def run(*, compact: bool) -> int:
+        reads.clear()
+        found = getattr(fastpref, name)(**given, compact=compact)
+        if name in LOSSES:
+            found.loss.backward()
+        return len(reads)
+
+    assert run(compact=False) == 0
+    # The labelled rows, once more in the backward pass of a head that trains; the boundaries.
+    assert run(compact=True) == 1 + (trained and name in LOSSES) + packed
 
 
 def test_compiled_code_checks_boundaries_too():
@@ -427,6 +489,40 @@ def test_numbers_that_are_not_finite_or_out_of_range(name, argument, value):
     refused(name, argument, "a finite number", got, **{argument: value})
 
 
+@pytest.mark.parametrize(("name", "argument"), [(name, argument) for name, argument, _ in NUMBERS])
+def test_numbers_of_tensors(name, argument):
+    value = torch.tensor(0.5)
+    refused(name, argument, "(use .item())", repr(value), **{argument: value})
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, argument) for name, argument, _ in NUMBERS])
+@pytest.mark.parametrize("kind", [numpy.float32, numpy.float64, Fraction])
+def test_real_numbers_of_other_kinds(name, argument, kind):
+    given = arguments(name) | {argument: 0.5}
+    expected = getattr(fastpref, name)(**given)
+    found = getattr(fastpref, name)(**given | {argument: kind(0.5)})
+    torch.testing.assert_close(found, expected)
+
+
+FLAGS = [
+    *((name, "compact") for name in ("linear_logps", *LOSSES, "teacher_shaping")),
+    *((name, "length_normalize") for name in LOSSES),
+    ("drdo_loss", "detach_focal"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), FLAGS)
+@pytest.mark.parametrize("value", ["no", 0, None, 1.0])
+def test_flags_that_are_not_true_or_false(name, argument, value):
+    refused(name, argument, "True or False", repr(value), **{argument: value})
+
+
+@pytest.mark.parametrize("name", ["linear_logps", *OF_PAIRS])
+@pytest.mark.parametrize("value", [None, -100.0, "a", True])
+def test_an_ignore_index_that_is_no_integer(name, value):
+    refused(name, "ignore_index", "an integer", repr(value), ignore_index=value)
+
+
 @pytest.mark.parametrize("name", ["linear_logps", *LOSSES])
 @pytest.mark.parametrize("value", [-1, 1.5, True, math.inf])
 def test_scratch_bytes_that_are_no_size(name, value):
@@ -442,11 +538,11 @@ def test_unknown_conventions(name, value):
 
 @pytest.mark.parametrize("name", [*HEADED, *OF_PAIRS, "oracle_loss"])
 def test_an_unknown_keyword(name):
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match=rf"{name}\(\).*temprature"):
         getattr(fastpref, name)(**arguments(name), temprature=1.0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_do_not_return_the_lse(name):
-    with pytest.raises(TypeError, match="return_lse"):
+    with pytest.raises(TypeError, match=rf"{name}\(\).*return_lse"):
         getattr(fastpref, name)(**arguments(name), return_lse=True)

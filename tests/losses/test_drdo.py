@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from batches import DTYPES, Batch, batches, hold_equal, hold_to_reference, some_of
+from batches import (
+    DTYPES,
+    Batch,
+    batches,
+    hold_difference,
+    hold_equal,
+    hold_to_reference,
+    some_of,
+)
 from closeness import assert_no_worse
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -149,6 +157,25 @@ def test_metrics_are_the_terms_of_the_loss(dtype, batch, options):
     assert_no_worse(found.reward_loss, squares.to(dtype), squares, dtype)
     total = found.reward_loss + found.preference_loss
     torch.testing.assert_close(total, found.loss.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("gap", [0.0, 3000.0])
+@pytest.mark.parametrize("length_normalize", [False, True])
+def test_large_rewards_do_not_swallow_the_preference_loss(dtype, gap, length_normalize):
+    hidden, weight = torch.randn(4, 4, 8, dtype=dtype), torch.randn(9, 8, dtype=dtype)
+    rewards = torch.tensor([gap, gap, -gap, -gap], dtype=dtype)
+    options = {"alpha": 0.3, "gamma": 1.5, "length_normalize": length_normalize}
+    found = drdo_loss(hidden, weight, LABELS, rewards, -rewards, **options)
+    assert found.reward_loss == (4 * gap) ** 2
+    exact, plain = (
+        reference.drdo_loss(
+            hidden.to(dtype), weight.to(dtype), LABELS, *torch.zeros(2, 4, dtype=dtype), **options
+        )
+        for dtype in (torch.float64, dtype)
+    )
+    scale = options["alpha"] * float(found.chosen_logps.abs().max())
+    hold_difference(found.preference_loss, plain, exact, dtype, scale)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

@@ -99,6 +99,26 @@ def test_a_row_without_labels_is_worth_nothing(dtype):
     assert linear.bias.grad == 1  # the other row's alone
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_row_without_labels_may_hold_anything(packed):
+    states = torch.randn(2, 4, 3)
+    states[1] = math.nan
+    labels = torch.tensor([[1, 2, 3, -100], [-100, -100, -100, -100]])
+    weight = torch.randn(1, 3, requires_grad=True)
+    states.requires_grad_()
+    if packed:
+        boundaries = torch.tensor([0, 4, 8])
+        found = sequence_rewards(
+            states.reshape(-1, 3), labels.reshape(-1), weight, cu_seqlens=boundaries
+        )
+    else:
+        found = sequence_rewards(states, labels[:, :3], weight)
+    found.sum().backward()
+    assert found[1] == 0
+    assert torch.equal(weight.grad, states.detach()[:1, 3])
+    assert (states.grad[1] == 0).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (3,)], ids=str)
 @pytest.mark.parametrize("bias_shape", [(1,), ()], ids=str)
 def test_takes_a_head_of_either_shape(shape, bias_shape):

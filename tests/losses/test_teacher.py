@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from batches import DTYPES, Batch, batches, hold_difference, hold_equal, hold_to_reference
+from closeness import assert_no_worse
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpref import linear_logsumexp, reference, shaping_from_values, teacher_shaping
 from fastpref.ops import linear_logps_op
+from fastpref.sequences import sequence_sum
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -247,6 +249,54 @@ def test_values_that_no_label_needs_may_hold_anything():
     assert values.grad.nonzero().tolist() == [
         [row, end] for row, ends in enumerate(RUN_ENDS) for end in ends
     ]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.999])
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [(torch.bfloat16, 2000), (torch.float16, 2000), (torch.float32, 8000)],
+    ids=str,
+)
+def test_long_packed_responses_add_up_as_exactly_as_padded_ones(dtype, length, gamma):
+    values = (2 * torch.randn(4, length + 1) + 20).to(dtype)
+    labels = torch.ones(4, length, dtype=torch.int64)
+    exact = reference.shaping_from_values(values.double(), labels, gamma=gamma)
+    padded = shaping_from_values(values, labels, gamma=gamma)
+    packed = shaping_from_values(values.reshape(-1), gamma=gamma, **packed_states(labels))
+    assert padded.dtype == packed.dtype == torch.float32
+    # Plain PyTorch in float32 is no witness: it rounds gamma, and that thousands of times.
+    assert_no_worse(padded, exact.float(), exact, torch.float32)
+    assert_no_worse(packed, exact.float(), exact, torch.float32)
+
+
+def test_long_packed_sums_round_no_more_than_padded_ones():
+    numbers = -torch.rand(4, 8001)
+    padded = sequence_sum(numbers, None)
+    packed = sequence_sum(numbers.reshape(-1), torch.arange(5) * 8001)
+    exact = numbers.double().sum(1)
+    assert packed.dtype == torch.float32
+    assert (packed - exact).norm() <= 2 * (padded - exact).norm()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_compiled_code_follows_a_schedule(packed):
+    weight = torch.randn(9, 3)
+    labels = packed_states(LABELS) if packed else {"labels": LABELS}
+    shape = (-1,) if packed else (4, 8)
+
+    def both(states: Tensor, values: Tensor, gamma: float, temperature: float) -> Tensor:
+        return torch.stack(
+            (
+                teacher_shaping(states, weight, gamma=gamma, temperature=temperature, **labels),
+                shaping_from_values(values, gamma=gamma, **labels),
+            )
+        )
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True)
+    for numbers in ((1.0, 1.0), (0.9, 0.7), (0.8, 0.5), (0.7, 2.0)):
+        states, values = torch.randn(4, 8, 3), torch.randn(4, 8)
+        given = (states.reshape(*shape, 3), values.reshape(shape), *numbers)
+        torch.testing.assert_close(compiled(*given), both(*given), rtol=1e-5, atol=1e-5)
 
 
 def test_gradcheck():

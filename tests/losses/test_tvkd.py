@@ -287,6 +287,19 @@ def test_an_empty_packed_sequence_counts_zero():
     assert (hidden.grad[:2] != 0).any() and (hidden.grad[2] == 0).all()
 
 
+@pytest.mark.parametrize("wants_gradient", [False, True])
+@pytest.mark.parametrize("alpha", [0, 0.0])
+def test_without_alpha_the_shaping_is_not_read(alpha, wants_gradient):
+    # One that wants a gradient takes the formula in PyTorch, one that does not the kernel's.
+    hidden, weight = torch.randn(4, 4, 8, requires_grad=True), torch.randn(9, 8)
+    shaping = torch.full((4,), math.nan, requires_grad=wants_gradient)
+    found = tvkd_loss(hidden, weight, LABELS, shaping, alpha=alpha)
+    expected = tvkd_loss(hidden, weight, LABELS, torch.zeros(4))
+    torch.testing.assert_close(found.loss, expected.loss)
+    found.loss.backward()
+    assert hidden.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("certain", ["chosen", "rejected"])
 def test_a_certain_model_gets_finite_gradients(certain):
     hidden = torch.ones(2, 1, 1, requires_grad=True)

@@ -98,6 +98,15 @@ def test_autocast_casts_like_a_linear_layer(trained):
 
 
 @pytest.mark.parametrize("trained", [False, True])
+def test_autocast_leaves_float64_alone(trained):
+    hidden, weight, bias = leaves(torch.float64, trained=trained)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fastpref.linear_logps(hidden, weight, LABELS, bias=bias)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, fastpref.linear_logps(hidden, weight, LABELS, bias=bias))
+
+
+@pytest.mark.parametrize("trained", [False, True])
 def test_non_contiguous_inputs(trained):
     hidden = torch.randn(6, 3, 10)[:, :, ::2].transpose(0, 1).requires_grad_()
     weight = torch.randn(5, 11).T.requires_grad_(trained)
@@ -146,7 +155,7 @@ def test_forward_mode_is_refused():
 
 
 def test_opcheck_scaled_jacobian():
-    opcheck(scaled_jacobian_op, (torch.randn(4), torch.randn(4, 5)))
+    opcheck(scaled_jacobian_op, (torch.randn(4), torch.randn(4, 5), torch.float16))
 
 
 def test_only_the_head_trains():

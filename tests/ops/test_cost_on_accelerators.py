@@ -72,20 +72,23 @@ def products(monkeypatch) -> list[int]:
     return flops
 
 
-def operands(rows: int, vocab: int, width: int) -> tuple[Tensor, Tensor, None, Tensor]:
-    hidden = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
-    weight = torch.empty(vocab, width, dtype=torch.bfloat16, device="meta")
+def operands(
+    rows: int, vocab: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, None, Tensor]:
+    hidden = torch.empty(rows, width, dtype=dtype, device="meta")
+    weight = torch.empty(vocab, width, dtype=dtype, device="meta")
     return hidden, weight, None, torch.empty(rows, dtype=torch.int64, device="meta")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("head", HEADS)
-def test_frozen_head(products, head, rows):
-    inputs = operands(rows, *HEADS[head])
+def test_frozen_head(products, head, rows, dtype):
+    inputs = operands(rows, *HEADS[head], dtype)
     with PeakBytes() as step:
         _, jacobian = forward.statistics_and_jacobian(*inputs, LogitTransform())
         gradient = torch.empty_like(inputs[0])
-        scaled_jacobian_op(torch.empty(rows, device="meta"), jacobian)
+        scaled_jacobian_op(torch.empty(rows, device="meta"), jacobian, inputs[0].dtype)
     vocab, width = HEADS[head]
     assert sum(products) == 2 * (2 * rows * vocab * width)
     assert step.peak - gradient.nbytes <= LIMIT

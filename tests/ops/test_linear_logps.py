@@ -84,11 +84,13 @@ def test_is_the_same_for_any_tiling(head, trained, scratch_bytes):
         torch.testing.assert_close(one, other)
 
 
-def test_certain_tokens_keep_their_digits():
+@pytest.mark.parametrize(("trained", "scratch_bytes"), [(False, 0), (True, 0), (True, 10**6)])
+def test_certain_tokens_keep_their_digits(trained, scratch_bytes):
     """p(label) is 1 - 1e-9 and less: float32 logits lose it, the gradient and log-prob do not."""
-    weight = torch.eye(4)
+    weight = torch.eye(4, requires_grad=trained)
     hidden = torch.tensor([[22.0, 0, 0, 0], [40.0, 0, 0, 0]], requires_grad=True)
-    logps = fastpref.linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64))
+    labels = torch.zeros(2, dtype=torch.int64)
+    logps = fastpref.linear_logps(hidden, weight, labels, scratch_bytes=scratch_bytes)
     exact = -torch.log1p(3 * torch.exp(-hidden.detach().double()[:, 0]))
     torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=0)
     logps.sum().backward()
@@ -119,14 +121,77 @@ def test_all_ignored_gives_a_differentiable_zero(trained):
 
 
 def test_without_compaction_a_bad_label_is_nan_and_the_rest_is_right():
-    if torch.get_default_device().type == "cpu":
-        hidden, weight = torch.randn(3, 8), torch.randn(10, 8)
-        labels = torch.tensor([3, 10, -100])
-        logps = fastpref.linear_logps(hidden, weight, labels, compact=False)
-        assert torch.isnan(logps[1])
-        expected = fastpref.linear_logps(hidden[:1], weight, labels[:1])
-        torch.testing.assert_close(logps[0], expected[0])
-        assert logps[2] == 0
+    hidden, weight = torch.randn(3, 8), torch.randn(10, 8)
+    labels = torch.tensor([3, 10, -100])
+    logps = fastpref.linear_logps(hidden, weight, labels, compact=False)
+    assert torch.isnan(logps[1])
+    expected = fastpref.linear_logps(hidden[:1], weight, labels[:1])
+    torch.testing.assert_close(logps[0], expected[0])
+    assert logps[2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+@pytest.mark.parametrize(("trained", "scratch_bytes"), [(False, 0), (True, 0), (True, 10**6)])
+def test_without_compaction_large_logits_of_ignored_rows_stay_out(
+    dtype, scale, softcap, ignore_index, trained, scratch_bytes
+):
+    hidden, weight = torch.randn(6, 8), torch.randn(50, 8)
+    labels = torch.tensor([3, 7, ignore_index, 9, ignore_index, 1])
+    hidden[labels == ignore_index] *= scale
+    head = Head(hidden, weight, None, labels, {"softcap": softcap, "ignore_index": ignore_index})
+
+    def gradients(head: Head, **more: object) -> list[torch.Tensor]:
+        logps, lse = run(head, return_lse=True, **more)
+        (logps.sum() + lse.square().sum()).backward()
+        return head.gradients()
+
+    ours, compacted = (head.to(dtype, trained=trained) for _ in range(2))
+    exact = gradients(ours.to(torch.float64, trained=trained))
+    found = gradients(ours, compact=False, scratch_bytes=scratch_bytes)
+    for one in zip(found, gradients(compacted), exact, strict=True):
+        assert_no_worse(*one, dtype)
+
+
+def plain_logps(head: Head) -> torch.Tensor:
+    """As a model computes them: logits in its dtype, their log-softmax in float32."""
+    logits = (head.hidden @ head.weight.T).float() / head.options.get("temperature", 1.0)
+    return logits.log_softmax(-1).gather(-1, head.labels.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("confidence", [2.0, 8.0, 16.0, 20.0, 24.0])
+def test_float16_keeps_the_gradients_that_a_loss_scale_lifts(confidence, trained):
+    """Of a token with 1 - p = 1e-6 the Jacobian is below float16's smallest number."""
+    weight = (0.05 * torch.randn(500, 64)).half()
+    labels = torch.randint(0, 500, (64,))
+    own = weight[labels].float()
+    hidden = (confidence * own / own.square().sum(-1, keepdim=True)).half()
+    head = Head(hidden, weight, None, labels, {})
+    ours, plain = (head.to(torch.float16, trained=trained) for _ in range(2))
+    exact = head.to(torch.float64, trained=trained)
+    loss_scale = 65536.0
+    for one, logps in ((ours, run(ours)), (plain, plain_logps(plain))):
+        (-loss_scale * logps.mean()).backward()
+        assert all(gradient.isfinite().all() for gradient in one.gradients())
+    (-loss_scale * reference_logps(exact).mean()).backward()
+    for one in zip(ours.gradients(), plain.gradients(), exact.gradients(), strict=True):
+        assert_no_worse(*one, torch.float16)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_float16_takes_a_small_temperature(trained):
+    """The Jacobian, of the size of weight / temperature, is beyond float16's largest number."""
+    hidden, weight = torch.randn(6, 8) / 100, 10 * torch.randn(50, 8)
+    head = Head(hidden, weight, None, torch.randint(0, 50, (6,)), {"temperature": 1e-4})
+    ours = head.to(torch.float16, trained=trained)
+    exact = ours.to(torch.float64, trained=trained)
+    for logps in (run(ours), reference_logps(exact)):
+        (1e-6 * logps.sum()).backward()
+    for found, expected in zip(ours.gradients(), exact.gradients(), strict=True):
+        assert_no_worse(found, expected.half(), expected, torch.float16)
 
 
 def test_no_rows_at_all():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastpref
+from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
 
 
 def run(head: Head) -> torch.Tensor:
@@ -30,3 +31,28 @@ def test_equals_the_reference(dtype, head, trained):
         values.backward(incoming.to(values.dtype))
     for gradients in zip(ours.gradients(), plain.gradients(), exact.gradients(), strict=True):
         assert_no_worse(*gradients, dtype)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_wholly_masked_vocabulary_has_no_gradient(trained):
+    hidden = torch.randn(2, 8, requires_grad=True)
+    weight = torch.randn(10, 8, requires_grad=trained)
+    values = fastpref.linear_logsumexp(hidden, weight, bias=torch.full((10,), -torch.inf))
+    assert (values == -torch.inf).all()
+    values.sum().backward()
+    assert (hidden.grad == 0).all()
+    assert not trained or (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("scratch_bytes", [0, 10**6])
+def test_masked_rows_are_of_no_weight_in_the_gradients_of_others(scratch_bytes):
+    """The operator itself, since no public function keeps a logsumexp's exponentials."""
+    hidden, weight = torch.randn(3, 8), torch.randn(10, 8)
+    head = (hidden, weight, torch.full((10,), -torch.inf), None)
+    options = (1.0, 1.0, None, -100, True)
+    logps, lse, _, cache = linear_logps_op(*head, *options, False, scratch_bytes)
+    assert (lse == -torch.inf).all()
+    found = linear_logps_backward_op(
+        None, torch.ones(3), *head, logps, lse, cache, *options, True, True, True
+    )
+    assert all((gradient == 0).all() for gradient in found)
