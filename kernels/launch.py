@@ -25,6 +25,12 @@ class ProjectionConfig(NamedTuple):
     num_stages: int
 
 
+# Kernels that read through descriptors. The tile is the widest whose sums fit in registers: each
+# byte that it brings to a multiprocessor serves 85 operations, where 128 x 128 would do 64.
+PERSISTENT_CONFIG = ProjectionConfig(128, 256, 64, 8, 4)
+PERSISTENT_SHARED_BYTES = 200 * 1024
+
+
 def backend() -> str:
     """Name the compiler that this build of torch launches on: "hip" for ROCm, else "cuda"."""
     return "hip" if torch.version.hip else "cuda"
@@ -52,25 +58,27 @@ def projection_config(hidden: Tensor, weight: Tensor, n_rows: int) -> Projection
 
 
 def reads_through_descriptors(hidden: Tensor, weight: Tensor, n_rows: int) -> bool:
-    """Whether the device copies tiles of these operands by itself (TMA: Hopper and later)."""
+    """Whether the device copies tiles of these operands by itself (TMA: Hopper and later).
+
+    Rows of whole 16 bytes stay describable when some of them are gathered. Blackwell's workstation
+    and desktop devices have too little shared memory for the tiles.
+    """
     if hidden.device.type != "cuda" or backend() == "hip" or n_rows <= FEW_ROWS:
         return False
     if torch.cuda.get_device_capability(hidden.device) < (9, 0) or hidden.dtype == torch.float32:
         return False
+    properties = torch.cuda.get_device_properties(hidden.device)
+    # PyTorch's stubs lack this property.
+    if properties.shared_memory_per_block_optin < PERSISTENT_SHARED_BYTES:  # type: ignore[attr-defined]
+        return False
     return all(
-        matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
+        matrix.stride(1) == 1
+        and matrix.stride(0) % 8 == 0
+        and matrix.shape[1] % 8 == 0
+        and matrix.stride(0) >= matrix.shape[1]  # rows that overlap cannot be described
+        and matrix.data_ptr() % 16 == 0
         for matrix in (hidden, weight)
     )
-
-
-def persistent_config(device: torch.device) -> ProjectionConfig:
-    """Choose the configuration of kernels that read through descriptors.
-
-    The wide tile needs every register that Hopper has; on Blackwell it would spill.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0):
-        return ProjectionConfig(128, 256, 64, 8, 3)
-    return ProjectionConfig(128, 128, 64, 8, 4)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .launch import on, projection_config, reads_through_descriptors
 from .logsumexp_persistent import persistent_logsumexp
-from .online import LOWEST, fold_logits
+from .online import LOWEST, fold_projection, load_labels, store_split
 from .projection import GROUP_ROWS, project_tile, row_block_and_split, split_vocabulary
-from .transform import Transform, transform_arguments, transform_logits
+from .transform import Transform, transform_arguments
 
 
 def projection_logsumexp(
@@ -118,9 +118,7 @@ def _projection_logsumexp_kernel(
     hidden_rows = hidden_ptr + source[:, None] * hidden_stride_row
     label = -1
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + row)
-        # Comparing 32-bit integers is cheaper; -1 is no column.
-        label = tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
+        label = load_labels(labels_ptr, row, vocab_size)
 
     maximum = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     sum_exp = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -135,17 +133,13 @@ def _projection_logsumexp_kernel(
             hidden_rows, weight_rows, hidden_size, hidden_stride_col, weight_stride_col,
             EVEN_HIDDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + existing).to(tl.float32)[None, :]
-        z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-        maximum, sum_exp, target_logit = fold_logits(
-            z, tile * BLOCK_VOCAB, vocab_size, label, maximum, sum_exp, target_logit,
-            labels_ptr is not None, BLOCK_VOCAB,
+        maximum, sum_exp, target_logit = fold_projection(
+            x, tile * BLOCK_VOCAB, vocab_size, bias_ptr, label, maximum, sum_exp, target_logit,
+            logit_scale, softcap, temperature, labels_ptr is not None, HAS_SOFTCAP, BLOCK_VOCAB,
         )  # fmt: skip
 
-    lse = maximum + tl.log(sum_exp)
-    tl.store(lse_ptr + split.to(tl.int64) * n_rows + row, lse, mask=row_exists)
-    if labels_ptr is not None:
-        # One split holds the label; nobody writes where none does.
-        holds_label = (label >= first_tile * BLOCK_VOCAB) & (label < end_tile * BLOCK_VOCAB)
-        tl.store(target_logit_ptr + row, target_logit, mask=row_exists & holds_label)
+    store_split(
+        lse_ptr, target_logit_ptr, split, row, row_exists, n_rows,
+        first_tile * BLOCK_VOCAB, end_tile * BLOCK_VOCAB, label, maximum, sum_exp, target_logit,
+        labels_ptr is not None,
+    )  # fmt: skip

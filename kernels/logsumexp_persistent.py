@@ -2,7 +2,8 @@
 
 As `logsumexp`, with two differences. Tiles arrive through tensor descriptors, so no thread spends
 registers or time on addresses. And there is one program for each multiprocessor, which takes one
-piece of work after the other: while it folds a tile of logits, nothing has to be launched anew.
+piece of work after the other in a single loop: while it folds a tile of logits, the operands of the
+next one are on their way.
 """
 
 from functools import lru_cache
@@ -11,12 +12,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dot import dot
-from .launch import multiprocessors, on, persistent_config
-from .online import LOWEST, fold_logits
-from .projection import GROUP_ROWS
-from .transform import Transform, transform_arguments, transform_logits
+from .launch import PERSISTENT_CONFIG, multiprocessors, on
+from .online import LOWEST, fold_projection, load_labels, store_split
+from .projection import GROUP_ROWS, row_block_and_split_of
+from .transform import Transform, transform_arguments
 
 MAX_SPLITS = 256
 
@@ -31,20 +33,23 @@ def persistent_logsumexp(
 ) -> Tensor:  # (splits, n) float32
     """Compute the logsumexp of every split of the vocabulary, labels left out, and their logits."""
     (n_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
-    config = persistent_config(hidden.device)
+    config = PERSISTENT_CONFIG
     programs = multiprocessors(hidden.device)
     row_blocks = triton.cdiv(n_rows, config.block_rows)
     tiles = triton.cdiv(vocab_size, config.block_vocab)
     tiles_per_split = even_split(row_blocks, tiles, programs)
     splits = triton.cdiv(tiles, tiles_per_split)
     lse = hidden.new_empty((splits, n_rows), dtype=torch.float32)
+    # The host makes the descriptors and hands them over as arguments, which a CUDA graph keeps.
+    # Descriptors made by the kernel would need memory, from an allocator that Triton has one of in
+    # each thread: users may have set theirs, and autograd's threads have none.
+    operands = (
+        TensorDescriptor.from_tensor(matrix, [block, config.block_hidden])
+        for matrix, block in ((hidden, config.block_rows), (weight, config.block_vocab))
+    )
     with on(hidden.device):
-        # Programs write their descriptors to memory that Triton asks for here. From PyTorch's
-        # allocator it is also right under CUDA graphs, where a plain one would be reused.
-        triton.set_allocator(_allocate)
         _persistent_logsumexp_kernel[(min(programs, row_blocks * splits),)](
-            hidden,
-            weight,
+            *operands,
             None if bias is None else bias.contiguous(),
             None if labels is None else labels.contiguous(),
             target_logit,
@@ -54,8 +59,6 @@ def persistent_logsumexp(
             hidden_size,
             splits,
             tiles_per_split,
-            hidden.stride(0),
-            weight.stride(0),
             **transform_arguments(transform),
             GROUP_ROWS=GROUP_ROWS,
             BLOCK_ROWS=config.block_rows,
@@ -81,15 +84,11 @@ def even_split(row_blocks: int, tiles: int, programs: int) -> int:
     return -(-tiles // min(range(1, min(tiles, MAX_SPLITS) + 1), key=busiest))
 
 
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
 # These vary from batch to batch and need no code of their own; sizes and strides are worth theirs.
 @triton.jit(do_not_specialize=["n_rows", "splits", "tiles_per_split"])
 def _persistent_logsumexp_kernel(
-    hidden_ptr,  # (n, H)
-    weight_ptr,  # (V, H)
+    hidden,  # (n, H) descriptor of tiles (BLOCK_ROWS, BLOCK_HIDDEN), 0 beyond the matrix
+    weight,  # (V, H) descriptor of tiles (BLOCK_VOCAB, BLOCK_HIDDEN), 0 beyond the matrix
     bias_ptr,  # (V,) or None
     labels_ptr,  # (n,) or None
     target_logit_ptr,  # (n,)
@@ -99,8 +98,6 @@ def _persistent_logsumexp_kernel(
     hidden_size,
     splits,
     tiles_per_split,
-    hidden_stride_row,
-    weight_stride_row,
     logit_scale,
     softcap,
     temperature,
@@ -111,54 +108,75 @@ def _persistent_logsumexp_kernel(
     BLOCK_HIDDEN: tl.constexpr,
 ):
     """One program after another takes a block of rows against one split of the vocabulary."""
-    # What a tile has beyond the matrix reads as 0.
-    hidden = tl.make_tensor_descriptor(
-        hidden_ptr, [n_rows, hidden_size], [hidden_stride_row, 1], [BLOCK_ROWS, BLOCK_HIDDEN]
+    pieces = tl.cdiv(n_rows, BLOCK_ROWS) * splits
+    own_pieces = tl.cdiv(pieces - tl.program_id(0), tl.num_programs(0))
+    steps = tl.cdiv(hidden_size, BLOCK_HIDDEN)
+    step = steps - 1
+    row_block, split = row_block_and_split_of(
+        tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS
     )
-    weight = tl.make_tensor_descriptor(
-        weight_ptr, [vocab_size, hidden_size], [weight_stride_row, 1], [BLOCK_VOCAB, BLOCK_HIDDEN]
-    )
-    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
-    for piece in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        # Pieces that run together: GROUP_ROWS blocks of rows, and for these every split in turn.
-        first_block = piece // (GROUP_ROWS * splits) * GROUP_ROWS
-        group_rows = tl.minimum(row_blocks - first_block, GROUP_ROWS)
-        in_group = piece % (GROUP_ROWS * splits)
-        first_row = (first_block + in_group % group_rows) * BLOCK_ROWS
-        split = in_group // group_rows
-        row = first_row + tl.arange(0, BLOCK_ROWS)
-        row_exists = row < n_rows
-        label = -1
-        if labels_ptr is not None:
-            label = tl.load(labels_ptr + row, mask=row_exists, other=-1)
-            # Comparing 32-bit integers is cheaper; -1 is no column.
-            label = tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
-
-        maximum = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
-        sum_exp = tl.zeros((BLOCK_ROWS,), tl.float32)
-        target_logit = tl.zeros((BLOCK_ROWS,), tl.float32)
-        first_tile = split * tiles_per_split
-        end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab_size, BLOCK_VOCAB))
-        for tile in range(first_tile, end_tile):
-            first_column = tile * BLOCK_VOCAB
+    tile = split * tiles_per_split
+    maximum = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
+    sum_exp = tl.zeros((BLOCK_ROWS,), tl.float32)
+    target_logit = tl.zeros((BLOCK_ROWS,), tl.float32)
+    x = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
+    # One loop over the steps of all tiles of all pieces: the compiler overlaps copies and products
+    # within a loop, not across its ends.
+    for index in range(0, own_pieces * tiles_per_split * steps):
+        step = tl.where(step == steps - 1, 0, step + 1)
+        if step == 0:
+            tile_of_program = index // steps
+            piece = tl.program_id(0) + tile_of_program // tiles_per_split * tl.num_programs(0)
+            row_block, split = row_block_and_split_of(piece, n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
+            tile = split * tiles_per_split + tile_of_program % tiles_per_split
+        a = hidden.load([row_block * BLOCK_ROWS, step * BLOCK_HIDDEN])
+        b = weight.load([tile * BLOCK_VOCAB, step * BLOCK_HIDDEN])
+        x = dot(a, b.T, x)
+        if step == steps - 1:
+            row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            row_exists = row < n_rows
+            row = tl.minimum(row, n_rows - 1)
+            label = -1
+            if labels_ptr is not None:
+                label = load_labels(labels_ptr, row, vocab_size)
+            left, right = _halves(x, BLOCK_ROWS, BLOCK_VOCAB)
+            for half in tl.static_range(2):
+                maximum, sum_exp, target_logit = _fold_halves(
+                    left if half == 0 else right, tile * BLOCK_VOCAB + half * (BLOCK_VOCAB // 2),
+                    vocab_size, bias_ptr, label, maximum, sum_exp, target_logit,
+                    logit_scale, softcap, temperature,
+                    labels_ptr is not None, HAS_SOFTCAP, BLOCK_ROWS, BLOCK_VOCAB // 2,
+                )  # fmt: skip
             x = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
-            for start in range(0, hidden_size, BLOCK_HIDDEN):
-                a = hidden.load([first_row, start])
-                b = weight.load([first_column, start])
-                x = dot(a, b.T, x)
-            if bias_ptr is not None:
-                column = first_column + tl.arange(0, BLOCK_VOCAB)
-                bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
-                x += bias.to(tl.float32)[None, :]
-            z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-            maximum, sum_exp, target_logit = fold_logits(
-                z, first_column, vocab_size, label, maximum, sum_exp, target_logit,
-                labels_ptr is not None, BLOCK_VOCAB,
-            )  # fmt: skip
+            if (tile + 1) % tiles_per_split == 0:
+                store_split(
+                    lse_ptr, target_logit_ptr, split, row, row_exists, n_rows,
+                    split * tiles_per_split * BLOCK_VOCAB, (tile + 1) * BLOCK_VOCAB,
+                    label, maximum, sum_exp, target_logit, labels_ptr is not None,
+                )  # fmt: skip
+                maximum = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
+                sum_exp = tl.zeros((BLOCK_ROWS,), tl.float32)
+                target_logit = tl.zeros((BLOCK_ROWS,), tl.float32)
 
-        lse = maximum + tl.log(sum_exp)
-        tl.store(lse_ptr + split.to(tl.int64) * n_rows + row, lse, mask=row_exists)
-        if labels_ptr is not None:
-            # One split holds the label; nobody writes where none does.
-            holds_label = (label >= first_tile * BLOCK_VOCAB) & (label < end_tile * BLOCK_VOCAB)
-            tl.store(target_logit_ptr + row, target_logit, mask=row_exists & holds_label)
+
+@triton.jit
+def _fold_halves(
+    x, first_column, vocab_size, bias_ptr, label, maximum, sum_exp, target_logit,
+    logit_scale, softcap, temperature,
+    HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As `fold_projection`, for one half of the columns after the other: half the registers."""
+    left, right = _halves(x, ROWS, COLUMNS)
+    for half in tl.static_range(2):
+        maximum, sum_exp, target_logit = fold_projection(
+            left if half == 0 else right, first_column + half * (COLUMNS // 2), vocab_size,
+            bias_ptr, label, maximum, sum_exp, target_logit, logit_scale, softcap, temperature,
+            HAS_LABELS, HAS_SOFTCAP, COLUMNS // 2,
+        )  # fmt: skip
+    return maximum, sum_exp, target_logit
+
+
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half (ROWS, COLUMNS / 2) of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))

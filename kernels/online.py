@@ -3,24 +3,38 @@
 import triton
 import triton.language as tl
 
+from .transform import transform_logits
+
 # A finite start keeps `maximum - maximum` from being NaN while every logit so far is -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def fold_logits(
-    z,  # (ROWS, COLUMNS) float32 logits
+def fold_projection(
+    x,  # (ROWS, COLUMNS) float32 projections, without bias
     first_column,  # of the tile
     vocab_size,
+    bias_ptr,  # (V,) or None
     label,  # (ROWS,) int32, -1 for none; not read without HAS_LABELS
     maximum,  # (ROWS,) starts at LOWEST
     sum_exp,  # (ROWS,) starts at 0, in units of exp(maximum)
     target_logit,  # (ROWS,) starts at 0
+    logit_scale,
+    softcap,
+    temperature,
     HAS_LABELS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The last three, with this tile folded into them; columns past the vocabulary do not count."""
+    """Fold the logits of one tile into maximum, sum and the label's logit.
+
+    Columns past the vocabulary do not count.
+    """
     column = first_column + tl.arange(0, COLUMNS)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
+        x += bias.to(tl.float32)[None, :]
+    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
     z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
     if HAS_LABELS:
         in_tile = (label >= first_column) & (label < first_column + COLUMNS)
@@ -32,3 +46,35 @@ def fold_logits(
     sum_exp *= tl.exp(maximum - new_maximum)
     sum_exp += tl.sum(tl.exp(z - new_maximum[:, None]), axis=1)
     return new_maximum, sum_exp, target_logit
+
+
+@triton.jit
+def load_labels(labels_ptr, row, vocab_size):
+    """Labels of rows as 32-bit integers, which compare faster; -1, no column, for one outside."""
+    label = tl.load(labels_ptr + row)
+    return tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
+
+
+@triton.jit
+def store_split(
+    lse_ptr,  # (splits, n)
+    target_logit_ptr,  # (n,)
+    split,
+    row,  # (ROWS,)
+    row_exists,  # (ROWS,)
+    n_rows,
+    first_column,  # of the split
+    end_column,
+    label,  # (ROWS,) as for `fold_projection`, like the rest
+    maximum,
+    sum_exp,
+    target_logit,
+    HAS_LABELS: tl.constexpr,
+):
+    """Write what `fold_projection` made of one split; of labels only those that the split holds."""
+    lse = maximum + tl.log(sum_exp)
+    tl.store(lse_ptr + split.to(tl.int64) * n_rows + row, lse, mask=row_exists)
+    if HAS_LABELS:
+        # One split holds the label; nobody writes where none does.
+        holds_label = (label >= first_column) & (label < end_column)
+        tl.store(target_logit_ptr + row, target_logit, mask=row_exists & holds_label)

@@ -33,14 +33,22 @@ def split_vocabulary(n_rows: int, vocab_size: int, block_rows: int, block_vocab:
 
 @triton.jit
 def row_block_and_split(n_rows, splits, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Block of rows and split of this program.
+    """Block of rows and split of this program."""
+    return row_block_and_split_of(tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
 
-    Programs that run together: GROUP_ROWS blocks of rows, and for these every split in turn.
+
+@triton.jit
+def row_block_and_split_of(
+    piece, n_rows, splits, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
+    """Block of rows and split of a piece of work.
+
+    Pieces that run together: GROUP_ROWS blocks of rows, and for these every split in turn.
     """
     row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
-    first_block = tl.program_id(0) // (GROUP_ROWS * splits) * GROUP_ROWS
+    first_block = piece // (GROUP_ROWS * splits) * GROUP_ROWS
     group_rows = tl.minimum(row_blocks - first_block, GROUP_ROWS)
-    in_group = tl.program_id(0) % (GROUP_ROWS * splits)
+    in_group = piece % (GROUP_ROWS * splits)
     return first_block + in_group % group_rows, in_group // group_rows
 
 

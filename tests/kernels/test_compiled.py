@@ -23,6 +23,7 @@ if triton.knobs.runtime.interpret:
 import triton.backends.nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from fastpref.kernels import drdo_pairs, launch, logsumexp, tiles, tvkd_pairs  # noqa: E402
 
@@ -89,6 +90,9 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Binary:
         if fixed or (isinstance(value, int) and value == 1 and specialized):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
+        elif isinstance(value, TensorDescriptor):
+            element = POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{element}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[position,] = [["tt.divisibility", 16]]
