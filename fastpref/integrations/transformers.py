@@ -50,7 +50,7 @@ def lm_head_of(model: Any) -> LMHead:
         >>> head.weight.shape, head.bias, head.logit_scale, head.softcap
         (torch.Size([32, 16]), None, 0.0625, None)
     """
-    module = _head_module(model)
+    module = head_module(model)
     weight = module.weight
     if not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2):
         raise ValueError(
@@ -91,7 +91,7 @@ def head_states(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         # The model goes on as it is used to, with next to nothing to do.
         return (arguments[0][:, :1], *arguments[1:])
 
-    handle = _head_module(model).register_forward_pre_hook(keep_first)
+    handle = head_module(model).register_forward_pre_hook(keep_first)
     try:
         logits = model(**inputs, use_cache=False).logits
     finally:
@@ -127,7 +127,7 @@ def check_head(head: LMHead, states: Tensor, logits: Tensor) -> None:
         )
 
 
-def _head_module(model: Any) -> torch.nn.Module:
+def head_module(model: Any) -> torch.nn.Module:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("model: expected a decoder-only language model, got an encoder-decoder")

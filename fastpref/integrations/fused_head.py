@@ -1,0 +1,119 @@
+"""Losses computed where a model's head is: inside its forward pass, instead of logits.
+
+Wrappers expect that: DDP reduces the gradients of what its forward used, FSDP2 and DeepSpeed's
+ZeRO-3 have a module's parameters in memory while it runs, and no longer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.integrations.transformers import LMHead, check_head, head_module, lm_head_of
+
+AtHead = Callable[[Tensor, LMHead], dict[str, Tensor]]
+
+
+def add_fused_head(model: Any) -> None:
+    """Teach a causal language model to run a function of yours in place of its head.
+
+    From then on ``model(..., at_head=function)`` runs the model up to its head and returns
+    ``function(states, head)``, with the model's ``aux_loss`` beside it where it has one (mixtures
+    of experts that are asked for their router's logits). Without ``at_head`` nothing changes. Call
+    it before DDP, FSDP or DeepSpeed wrap the model, and pass ``at_head`` to the wrapped one.
+
+    ``function`` takes (n, T, H) states, on the head's device, and an `LMHead`; it returns a
+    dictionary of tensors. What it needs beside, labels for instance, it brings along.
+
+    Args:
+        model: A causal language model of transformers, bare or wrapped by PEFT; changed in place.
+
+    Raises:
+        ValueError: As `lm_head_of`; and, when it first runs, a model that does something to its
+            logits that its head does not say.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import fastpref
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> add_fused_head(model)
+        >>> tokens = torch.randint(32, (2, 5))
+        >>> def logps(states, head):
+        ...     found = fastpref.linear_logps(states[:, :-1], head.weight, tokens[:, 1:])
+        ...     return {"logps": found}
+        >>> model(input_ids=tokens, at_head=logps)["logps"].shape
+        torch.Size([2, 4])
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    head_module(model)  # refuses models without a head now, not in the first step
+    run = model.forward
+    checked = False
+
+    # The signature stays: trainers read which inputs a model takes from it, and `generate` too.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *inputs: Any, at_head: AtHead | None = None, **named_inputs: Any) -> Any:
+        nonlocal checked
+        if at_head is None:
+            return run(*inputs, **named_inputs)
+        states, outputs = _up_to_head(self, run, *inputs, **named_inputs, use_cache=False)
+
+        def instead(states: Tensor) -> dict[str, Tensor]:
+            nonlocal checked
+            head = lm_head_of(self)
+            states = states.to(head.weight.device)
+            if not checked:
+                check_head(head, states, outputs.logits)
+                checked = True
+            return at_head(states, head)
+
+        results = _call_with_forward(head_module(self), instead, states)
+        aux_loss = getattr(outputs, "aux_loss", None)
+        return results if aux_loss is None else {**results, "aux_loss": aux_loss}
+
+    model.forward = MethodType(forward, model)
+
+
+def _up_to_head(
+    model: Any, run: Callable[..., Any], *inputs: Any, **named_inputs: Any
+) -> tuple[Tensor, Any]:
+    """What the head reads (n, T, H), and the model's outputs, logits of first positions only."""
+    captured: list[Tensor] = []
+
+    def keep_first(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(arguments[0])
+        return (arguments[0][:, :1].detach(), *arguments[1:])
+
+    handle = head_module(model).register_forward_pre_hook(keep_first)
+    try:
+        outputs = run(*inputs, **named_inputs)
+    finally:
+        handle.remove()
+    if len(captured) != 1:
+        raise ValueError(
+            f"model: expected one call of its head in a forward pass, got {len(captured)} "
+            f"({type(model).__name__})"
+        )
+    return captured[0], outputs
+
+
+def _call_with_forward(
+    module: torch.nn.Module, forward: Callable[[Tensor], Any], states: Tensor
+) -> Any:
+    """Call a module, its hooks around it, with another forward."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        return module(states)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
