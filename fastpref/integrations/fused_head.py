@@ -74,7 +74,7 @@ def add_fused_head(model: Any) -> None:
                 checked = True
             return at_head(states, head)
 
-        results = _call_with_forward(head_module(self), instead, states)
+        results = call_as(head_module(self), instead, states)
         aux_loss = getattr(outputs, "aux_loss", None)
         return results if aux_loss is None else {**results, "aux_loss": aux_loss}
 
@@ -104,9 +104,7 @@ def _up_to_head(
     return captured[0], outputs
 
 
-def _call_with_forward(
-    module: torch.nn.Module, forward: Callable[[Tensor], Any], states: Tensor
-) -> Any:
+def call_as(module: torch.nn.Module, forward: Callable[[Tensor], Any], states: Tensor) -> Any:
     """Call a module, its hooks around it, with another forward."""
     own = module.__dict__.get("forward")
     module.forward = forward

@@ -11,7 +11,7 @@ import teacher
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
-from tiny_teachers import rows, tiny_model, tiny_tokenizer  # noqa: E402
+from tiny_models import rows, tiny_model, tiny_tokenizer  # noqa: E402
 
 
 def test_it_reports_cost_error_and_ranking(tmp_path, capsys):

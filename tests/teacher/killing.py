@@ -12,7 +12,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from tiny_teachers import rows, tiny_model, tiny_tokenizer
+from tiny_models import rows, tiny_model, tiny_tokenizer
 
 from fastpref.teacher import add_shaping
 

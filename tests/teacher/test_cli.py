@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from tiny_teachers import rows, tiny_model, tiny_tokenizer
+from tiny_models import rows, tiny_model, tiny_tokenizer
 
 from fastpref.cli import main
 from fastpref.teacher import load_shaping

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_teachers import rows, tiny_model, tiny_tokenizer
+from tiny_models import rows, tiny_model, tiny_tokenizer
 
 from fastpref.cli import main
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet
-from tiny_teachers import rows, tiny_model, tiny_tokenizer
+from tiny_models import rows, tiny_model, tiny_tokenizer
 
 HERE = Path(__file__).parent
 
@@ -20,6 +20,7 @@ def test_killed_ten_times_it_ends_in_the_same_file(tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
     )
     assert run.returncode == 0, run.stderr
     done = [int(word) for word in run.stdout.split()]

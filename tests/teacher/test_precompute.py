@@ -9,7 +9,7 @@ import pytest
 import torch
 from counting import flops_of
 from datasets import Dataset
-from tiny_teachers import conversation, rows, tiny_model, tiny_tokenizer
+from tiny_models import conversation, rows, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 import fastpref

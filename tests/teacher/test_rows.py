@@ -6,7 +6,7 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict
-from tiny_teachers import conversation, rows, tiny_model, tiny_tokenizer
+from tiny_models import conversation, rows, tiny_model, tiny_tokenizer
 
 from fastpref.teacher import BadRowsError, add_shaping, load_shaping, read_rows
 from fastpref.teacher.rows import row_defect

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from tiny_teachers import conversation, rows, tiny_model, tiny_tokenizer
+from tiny_models import conversation, rows, tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer
 
 from fastpref.teacher.rows import read_rows

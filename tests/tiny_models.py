@@ -1,4 +1,4 @@
-"""Small language models with tokenizers and templates of their own."""
+"""Small language models with tokenizers and templates of their own, and rows to read."""
 
 from __future__ import annotations
 

@@ -1,0 +1,127 @@
+"""The linear reward head of DRDO's students and oracles, and its file beside a model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastpref.checks import refuse
+from fastpref.integrations.fused_head import call_as
+from fastpref.integrations.transformers import lm_head_of
+from fastpref.rewards import sequence_rewards
+
+NAME = "reward_head"
+FILE = f"{NAME}.safetensors"
+
+
+def add_reward_head(model: Any) -> None:
+    r"""Give a causal language model a linear reward head, ``model.reward_head``.
+
+    .. math:: r(y) = w \cdot h_T
+
+    DRDO (Direct Reward Distillation and policy-Optimization). A bias would cancel in every
+    difference of rewards, so there is none. A model that has the head keeps it.
+
+    Args:
+        model: A causal language model of transformers, bare or wrapped by PEFT; changed in place.
+            The head takes the dtype and device of its ``lm_head``.
+
+    Raises:
+        ValueError: As `lm_head_of`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> add_reward_head(model)
+        >>> model.reward_head.weight.shape
+        torch.Size([1, 16])
+    """
+    model = _bare(model)
+    if hasattr(model, NAME):
+        return
+    weight = lm_head_of(model).weight
+    head = torch.nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype, device=weight.device)
+    # As transformers starts the heads of sequence classifiers.
+    torch.nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
+    setattr(model, NAME, head)
+
+
+def load_reward_head(model: Any, folder: str | Path) -> None:
+    """Give a model the reward head that was saved beside it.
+
+    Args:
+        model: As for `add_reward_head`.
+        folder: Where a trainer of `fastpref.integrations.trl` saved its model.
+
+    Raises:
+        ValueError: A folder without a reward head, or with one for another hidden size.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> def load_oracle(folder):
+        ...     model = AutoModelForCausalLM.from_pretrained(folder)
+        ...     load_reward_head(model, folder)
+        ...     return model
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        refuse(
+            "folder",
+            f"a folder with {FILE}, as OracleTrainer and DRDOTrainer save it",
+            f"{str(folder)!r} without",
+        )
+    add_reward_head(model)
+    head = reward_head_of(model)
+    (weight,) = load_file(file).values()
+    if weight.shape != head.weight.shape:
+        refuse(FILE, f"shape {tuple(head.weight.shape)}", tuple(weight.shape))
+    with torch.no_grad():
+        head.weight.copy_(weight)
+
+
+def save_reward_head(state_dict: dict[str, Tensor], folder: str | Path) -> None:
+    """Write the reward head that `take_reward_head` took to its own file."""
+    save_file({name: value.contiguous() for name, value in state_dict.items()}, Path(folder) / FILE)
+
+
+def take_reward_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the reward head from a model's parameters, which are of a class that has none."""
+    names = [name for name in state_dict if f".{name}".endswith(f".{NAME}.weight")]
+    if len(names) != 1:
+        refuse("model", f"one parameter {NAME}.weight", names)
+    return {"weight": state_dict.pop(names[0])}
+
+
+def reward_head_of(model: Any) -> Any:
+    """The reward head of a model; refused is one that has none."""
+    head = getattr(_bare(model), NAME, None)
+    if head is None:
+        refuse(
+            "model",
+            "a reward head (`load_reward_head` from the folder it was saved in, "
+            "`add_reward_head` for a new one)",
+            f"{type(_bare(model)).__name__} without",
+        )
+    return head
+
+
+def rewards_at_head(model: Any, states: Tensor, labels: Tensor) -> Tensor:
+    """(2B,) rewards of responses from (2B, T + 1, H) states, (2B, T) labels."""
+    head = reward_head_of(model)
+
+    def rewards(states: Tensor) -> Tensor:
+        return sequence_rewards(states, labels, head.weight)
+
+    # Inside its own call, where FSDP and ZeRO-3 have its weight in memory.
+    found: Tensor = call_as(head, rewards, states)
+    return found
+
+
+def _bare(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,53 @@
+"""Trainers whose model has a reward head, which is saved and loaded beside the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.integrations.reward_head import (
+    FILE,
+    add_reward_head,
+    load_reward_head,
+    rewards_at_head,
+    save_reward_head,
+    take_reward_head,
+)
+from fastpref.integrations.trl.base import FusedPreferenceTrainer
+
+
+class RewardHeadTrainer(FusedPreferenceTrainer):
+    """A model with a linear reward head: a new one, or that of the folder it is loaded from."""
+
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **options: Any) -> None:
+        super().__init__(model, ref_model, args, **options)
+        if isinstance(model, str) and (Path(model) / FILE).is_file():
+            load_reward_head(self.model, model)
+        else:
+            add_reward_head(self.model)
+
+    def rewards(self, states: Tensor, labels: Tensor) -> Tensor:
+        """(2B,) the model's own rewards."""
+        return rewards_at_head(self.accelerator.unwrap_model(self.model), states, labels)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        state_dict = dict(self.model.state_dict() if state_dict is None else state_dict)
+        head = take_reward_head(state_dict)
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_reward_head(head, str(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_reward_head(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_reward_head(self.model, str(self.state.best_model_checkpoint))
