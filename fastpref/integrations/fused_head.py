@@ -70,7 +70,7 @@ def add_fused_head(model: Any) -> None:
             head = lm_head_of(self)
             states = states.to(head.weight.device)
             if not checked:
-                check_head(head, states, outputs.logits)
+                check_head(head, states[:1], outputs.logits)
                 checked = True
             return at_head(states, head)
 
@@ -84,12 +84,12 @@ def add_fused_head(model: Any) -> None:
 def _up_to_head(
     model: Any, run: Callable[..., Any], *inputs: Any, **named_inputs: Any
 ) -> tuple[Tensor, Any]:
-    """What the head reads (n, T, H), and the model's outputs, logits of first positions only."""
+    """What the head reads (n, T, H), and the model's outputs, with logits of one position."""
     captured: list[Tensor] = []
 
     def keep_first(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         captured.append(arguments[0])
-        return (arguments[0][:, :1].detach(), *arguments[1:])
+        return (arguments[0][:1, :1].detach(), *arguments[1:])
 
     handle = head_module(model).register_forward_pre_hook(keep_first)
     try:

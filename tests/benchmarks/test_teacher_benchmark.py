@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import teacher
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
-from tiny_models import rows, tiny_model, tiny_tokenizer  # noqa: E402
+from tiny_models import rows, tiny_model, tiny_tokenizer
 
 
 def test_it_reports_cost_error_and_ranking(tmp_path, capsys):

@@ -1,0 +1,116 @@
+"""A wrong set-up is refused before training, in a sentence that says what to do."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from tiny_models import tiny_model, tiny_tokenizer
+from training import TOKENIZER, dataset, numbers, signal, student, trainer
+
+import fastpref.integrations.trl
+from fastpref.integrations.reward_head import add_reward_head
+from fastpref.integrations.trl import (
+    DRDOConfig,
+    DRDOTrainer,
+    OracleConfig,
+    OracleTrainer,
+    TVKDConfig,
+    TVKDTrainer,
+    supported,
+)
+
+SHAPED = {"train_dataset": dataset(**signal("shaping"))}
+REWARDED = {"train_dataset": dataset(**signal("reward"))}
+OTHER = tiny_tokenizer(60)
+
+
+def tvkd(folder, **options):
+    return trainer(TVKDTrainer, TVKDConfig, folder, student(), **options)
+
+
+def drdo(folder, **options):
+    return trainer(DRDOTrainer, DRDOConfig, folder, student(), **options)
+
+
+def oracle(folder, **options):
+    return trainer(OracleTrainer, OracleConfig, folder, student(), **options)
+
+
+def teacher(tokenizer=TOKENIZER):
+    return {"teacher_model": tiny_model(tokenizer), "teacher_processing_class": tokenizer}
+
+
+def with_reward_head(tokenizer=TOKENIZER):
+    model = tiny_model(tokenizer)
+    add_reward_head(model)
+    return {"oracle_model": model, "oracle_processing_class": tokenizer}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (tvkd, {}, "train_dataset: expected columns chosen_shaping and rejected_shaping; add them "
+                   "with `fastpref values`"),
+        (tvkd, {**SHAPED, "eval_dataset": dataset()}, "eval_dataset: .* no chosen_shaping"),
+        (tvkd, {**SHAPED, **teacher()}, "teacher_model: expected None, since the train dataset"),
+        (tvkd, teacher(OTHER), "teacher_model: expected the student's vocabulary"),
+        (tvkd, {"teacher_model": tiny_model(TOKENIZER)}, "teacher_processing_class: expected"),
+        (tvkd, {"teacher_model": "nowhere/to be found"}, "teacher: expected a model folder"),
+        (tvkd, {**SHAPED, "ref_model": student(seed=5)}, "ref_model: .* reference_free=False"),
+        (tvkd, {**SHAPED, "compute_metrics": print}, "compute_metrics: expected None"),
+        (drdo, {}, "train_dataset: expected columns chosen_reward and rejected_reward"),
+        (drdo, {**REWARDED, **with_reward_head()}, "oracle_model: expected None"),
+        (drdo, with_reward_head(OTHER), "oracle_model: expected the student's vocabulary"),
+        (drdo, {**with_reward_head(), "oracle_model": tiny_model(TOKENIZER)},
+         "model: expected a reward head"),
+    ],
+)  # fmt: skip
+def test_arguments(tmp_path, make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "settings", "message"),
+    [
+        (tvkd, SHAPED, {"loss_type": ["ipo"]}, "loss_type: expected .'sigmoid'., since TVKD"),
+        (tvkd, SHAPED, {"loss_weights": [2.0]}, "loss_weights"),
+        (tvkd, SHAPED, {"use_weighting": True}, "use_weighting"),
+        (tvkd, SHAPED, {"ld_alpha": 0.5}, "ld_alpha"),
+        (tvkd, SHAPED, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        (tvkd, SHAPED, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs: .* no refer"),
+        (tvkd, SHAPED, {"gamma": 0.9}, "gamma: expected 1.0, since there is no teacher_model"),
+        (tvkd, teacher(), {"alpha": 0.0}, "teacher_model: expected None with alpha=0"),
+        (tvkd, teacher(), {"potential": "best"}, "potential: expected 'value' or"),
+        (drdo, REWARDED, {"beta": 0.5}, "beta: expected 0.1, since DRDO"),
+        (drdo, REWARDED, {"label_smoothing": 0.1}, "label_smoothing: expected 0.0"),
+        (drdo, REWARDED, {"sync_ref_model": True}, "sync_ref_model"),
+        (oracle, {}, {"beta": 0.5}, "beta: expected 0.1, since the oracle"),
+    ],
+)
+def test_settings(tmp_path, make, options, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, settings=settings, **options)
+
+
+def test_a_folder_without_a_reward_head(tmp_path):
+    tiny_model(TOKENIZER).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="folder: expected a folder with reward_head.safetensors"):
+        drdo(tmp_path, oracle_model=str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_rows_without_a_number(tmp_path, value):
+    columns = {"chosen_shaping": [*numbers(1)[:7], value], "rejected_shaping": numbers(2)}
+    found = tvkd(tmp_path, train_dataset=dataset(**columns))
+    with pytest.raises(ValueError, match="chosen_shaping: expected a finite number in every row"):
+        found.train()
+
+
+@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])
+def test_another_trl(monkeypatch, version):
+    monkeypatch.setattr(supported, "version", lambda _: version)
+    with pytest.raises(ImportError, match=f"expected TRL 1.16, got {version}; pip install"):
+        importlib.reload(fastpref.integrations.trl)

@@ -1,0 +1,170 @@
+"""TVKDTrainer computes the paper's loss, wherever the shaping comes from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from counting import peak_bytes_of
+from tiny_models import tiny_model, tiny_tokenizer
+from training import (
+    TOKENIZER,
+    assert_same,
+    dataset,
+    history,
+    signal,
+    student,
+    trainer,
+)
+
+from fastpref import reference
+from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
+from fastpref.teacher import add_shaping
+
+OF_TEACHER = {"gamma": 0.9, "value_temperature": 2.0, "form": "next_value"}
+
+
+def tvkd(folder, model=None, **options):
+    return trainer(TVKDTrainer, TVKDConfig, folder, model or student(), **options)
+
+
+def with_teacher(folder, *, settings=None, tokenizer=TOKENIZER, seed=7, **options):
+    model = tiny_model(tokenizer, seed=seed)
+    return tvkd(
+        folder,
+        settings=settings,
+        teacher_model=model,
+        teacher_processing_class=tokenizer,
+        **options,
+    )
+
+
+def batch_of(found):
+    return found._prepare_inputs(next(iter(found.get_train_dataloader())))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta": 0.02, "alpha": 0.7},
+        {"length_normalize": True, "label_smoothing": 0.1, "sft_weight": 0.3},
+    ],
+    ids=["plain", "paper", "everything"],
+)
+def test_the_loss_is_the_formula(tmp_path, settings):
+    data = dataset(**signal("shaping"))
+    found = tvkd(tmp_path, settings=settings, train_dataset=data)
+    batch = batch_of(found)
+    loss = found.compute_loss(found.model, dict(batch))
+    loss.backward()
+
+    naive = student()
+    states = naive.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
+    shaping = torch.cat([batch["chosen_shaping"], batch["rejected_shaping"]])
+    expected = reference.tvkd_loss(
+        states[:, :-1], naive.lm_head.weight, labels, shaping, **{"beta": 0.1, **settings}
+    )
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for (name, one), other in zip(found.model.named_parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("settings", [{}, OF_TEACHER], ids=["plain", "options"])
+def test_reading_along_precomputed_and_from_columns(tmp_path, settings):
+    along = history(with_teacher(tmp_path / "along", settings=settings))
+    assert {"shaping/chosen", "shaping/rejected"} <= set(along[0])
+    up_front = with_teacher(
+        tmp_path / "up front", settings={**settings, "precompute_shaping": True}
+    )
+    assert up_front.teacher_model is None
+    assert_same(history(up_front), along)
+    data = add_shaping(
+        dataset(), tiny_model(TOKENIZER, seed=7), TOKENIZER, tmp_path / "pairs.parquet",
+        **TVKDConfig(str(tmp_path), bf16=False, **settings).shaping_options(),
+    )  # fmt: skip
+    assert_same(history(tvkd(tmp_path / "columns", train_dataset=data)), along)
+
+
+def test_a_teacher_of_another_tokenizer_up_front(tmp_path):
+    other = tiny_tokenizer(60)
+    settings = {"precompute_shaping": True}
+    found = with_teacher(tmp_path, settings=settings, tokenizer=other, eval_dataset=dataset(4))
+    expected = add_shaping(
+        dataset(), tiny_model(other, seed=7), other, tmp_path / "pairs.parquet", batch_size=2
+    )
+    assert found.train_dataset["chosen_shaping"][:] == expected["chosen_shaping"][:]
+    assert "eval_shaping/chosen" in found.evaluate()
+
+
+def test_a_teacher_that_is_named(tmp_path):
+    tiny_model(TOKENIZER, seed=7).save_pretrained(tmp_path / "teacher")
+    TOKENIZER.save_pretrained(tmp_path / "teacher")
+    named = tvkd(tmp_path, teacher_model=str(tmp_path / "teacher"))
+    assert_same(history(named), history(with_teacher(tmp_path)))
+
+
+def test_a_teacher_and_a_reference(tmp_path):
+    settings = {"reference_free": False}
+    found = history(with_teacher(tmp_path, settings=settings, ref_model=student(seed=5)))
+    without = history(with_teacher(tmp_path))
+    assert found[0]["shaping/chosen"] == without[0]["shaping/chosen"]
+    assert found[0]["logps/chosen"] == without[0]["logps/chosen"]
+    assert found[0]["rewards/chosen"] != without[0]["rewards/chosen"]
+
+
+def test_bf16(tmp_path):
+    found = history(with_teacher(tmp_path, settings={"bf16": True}))
+    whole = history(with_teacher(tmp_path))
+    assert found[0]["shaping/chosen"] == pytest.approx(
+        whole[0]["shaping/chosen"], rel=0.05, abs=0.3
+    )
+    assert found[0]["logps/chosen"] == pytest.approx(whole[0]["logps/chosen"], rel=0.02)
+
+
+def test_mixtures_of_experts_keep_their_balance(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    settings = {"alpha": 0.0, "router_aux_loss_coef": 0.0}
+    without = tvkd(tmp_path, model, settings=settings)
+    found = tvkd(tmp_path, model, settings={**settings, "router_aux_loss_coef": 0.5})
+    batch = batch_of(found)
+    losses = [one.compute_loss(one.model, dict(batch)) for one in (found, without)]
+    aux_loss = found._metrics["train"]["aux_loss"][0]
+    assert aux_loss > 0 and not without._metrics["train"]["aux_loss"]
+    assert (losses[0] - losses[1]).item() == pytest.approx(0.5 * aux_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_no_logits_exist(tmp_path, frozen):
+    """In a whole step, metrics, teacher and reference included."""
+    vocab_size = 150_000
+    model = student(vocab_size=vocab_size, hidden_size=4)
+    model.lm_head.weight.requires_grad_(not frozen)
+    found = tvkd(
+        tmp_path, model,
+        settings={"reference_free": False, "per_device_train_batch_size": 8},
+        ref_model=student(seed=5, vocab_size=vocab_size, hidden_size=4),
+        teacher_model=tiny_model(TOKENIZER, seed=7, vocab_size=vocab_size, hidden_size=4),
+        teacher_processing_class=TOKENIZER,
+    )  # fmt: skip
+    found.state.logging_steps = 1  # as training sets it
+    batch = batch_of(found)
+    logits = batch["input_ids"].numel() * vocab_size * 4
+    head = vocab_size * 4 * 4
+
+    def step() -> None:
+        found.compute_loss(found.model, dict(batch)).backward()
+
+    step()
+    assert found._metrics["train"]["entropy"], "this step logs"
+    peak = peak_bytes_of(step)
+    # Gradients of head and embedding, as they are computed and added up; and tiles of 12 MiB.
+    assert peak < 6 * head + 2 * 12 * 2**20 < logits / 3
