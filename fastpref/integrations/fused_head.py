@@ -7,6 +7,7 @@ ZeRO-3 have a module's parameters in memory while it runs, and no longer.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -28,7 +29,8 @@ def add_fused_head(model: Any) -> None:
     it before DDP, FSDP or DeepSpeed wrap the model, and pass ``at_head`` to the wrapped one.
 
     ``function`` takes (n, T, H) states, on the head's device, and an `LMHead`; it returns a
-    dictionary of tensors. What it needs beside, labels for instance, it brings along.
+    dictionary of tensors. What it needs beside, labels for instance, it brings along. A model that
+    has been taught is left as it is.
 
     Args:
         model: A causal language model of transformers, bare or wrapped by PEFT; changed in place.
@@ -53,14 +55,19 @@ def add_fused_head(model: Any) -> None:
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
+    if _runs_at_head(model.forward):
+        return
     head_module(model)  # refuses models without a head now, not in the first step
-    run = model.forward
+    # Somebody else's forward, TRL's for example, stays below ours. The class's own is looked up in
+    # each call: a copy of the model must not run the layers of the first.
+    own = model.__dict__.get("forward")
     checked = False
 
     # The signature stays: trainers read which inputs a model takes from it, and `generate` too.
     @functools.wraps(type(model).forward)
     def forward(self: Any, *inputs: Any, at_head: AtHead | None = None, **named_inputs: Any) -> Any:
         nonlocal checked
+        run = own or MethodType(type(self).forward, self)
         if at_head is None:
             return run(*inputs, **named_inputs)
         states, outputs = _up_to_head(self, run, *inputs, **named_inputs, use_cache=False)
@@ -78,7 +85,14 @@ def add_fused_head(model: Any) -> None:
         aux_loss = getattr(outputs, "aux_loss", None)
         return results if aux_loss is None else {**results, "aux_loss": aux_loss}
 
+    forward.runs_at_head = True  # type: ignore[attr-defined]  # a function's own attribute
     model.forward = MethodType(forward, model)
+
+
+def _runs_at_head(forward: Any) -> bool:
+    """Whether `add_fused_head` made this function, or one that others, mixed precision, wrapped."""
+    found = inspect.unwrap(forward, stop=lambda inner: hasattr(inner, "runs_at_head"))
+    return hasattr(found, "runs_at_head")
 
 
 def _up_to_head(

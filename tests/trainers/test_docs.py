@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -30,10 +31,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("TVKDConfig", "DRDOConfig", "OracleConfig"):
         config = getattr(fastpref.integrations.trl, name)
-        small = SETTINGS | {"num_train_epochs": 1}
-        monkeypatch.setattr(
-            fastpref.integrations.trl, name, lambda *a, made=config, **k: made(*a, **small, **k)
-        )
+        small = functools.partial(config, **SETTINGS | {"num_train_epochs": 1})
+        monkeypatch.setattr(fastpref.integrations.trl, name, small)
 
 
 def test_trl():
