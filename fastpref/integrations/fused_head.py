@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.integrations.transformers import LMHead, check_head, head_module, lm_head_of
+from fastpref.integrations.transformers import (
+    LMHead,
+    check_head,
+    head_module,
+    lm_head_of,
+    run_to_head,
+)
 
 AtHead = Callable[[Tensor, LMHead], dict[str, Tensor]]
 
@@ -70,7 +76,8 @@ def add_fused_head(model: Any) -> None:
         run = own or MethodType(type(self).forward, self)
         if at_head is None:
             return run(*inputs, **named_inputs)
-        states, outputs = _up_to_head(self, run, *inputs, **named_inputs, use_cache=False)
+        # One row's logits tell whether the head is all there is to them.
+        states, outputs = run_to_head(self, run, *inputs, kept_rows=1, **named_inputs)
 
         def instead(states: Tensor) -> dict[str, Tensor]:
             nonlocal checked
@@ -93,29 +100,6 @@ def _runs_at_head(forward: Any) -> bool:
     """Whether `add_fused_head` made this function, or one that others, mixed precision, wrapped."""
     found = inspect.unwrap(forward, stop=lambda inner: hasattr(inner, "runs_at_head"))
     return hasattr(found, "runs_at_head")
-
-
-def _up_to_head(
-    model: Any, run: Callable[..., Any], *inputs: Any, **named_inputs: Any
-) -> tuple[Tensor, Any]:
-    """What the head reads (n, T, H), and the model's outputs, with logits of one position."""
-    captured: list[Tensor] = []
-
-    def keep_first(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        captured.append(arguments[0])
-        return (arguments[0][:1, :1].detach(), *arguments[1:])
-
-    handle = head_module(model).register_forward_pre_hook(keep_first)
-    try:
-        outputs = run(*inputs, **named_inputs)
-    finally:
-        handle.remove()
-    if len(captured) != 1:
-        raise ValueError(
-            f"model: expected one call of its head in a forward pass, got {len(captured)} "
-            f"({type(model).__name__})"
-        )
-    return captured[0], outputs
 
 
 def call_as(module: torch.nn.Module, forward: Callable[[Tensor], Any], states: Tensor) -> Any:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref.ops import linear_logsumexp
+from fastpref.ops import linear_logps
 
 # Configurations name these numbers in many ways.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling",)
 # Most divide by `logits_scaling`; these multiply.
 MULTIPLYING_MODELS = ("hyperclovax",)
+# MiniCPM3 divides what its head reads, MPT does nothing with its `logit_scale`.
+PLAIN_MODELS = ("minicpm3", "mpt")
+# Most models around a text model use its head as it is, even where the text model by itself scales
+# or caps its logits (Gemma 3, Aya Vision and Cohere 2 Vision, Granite Speech); these do as it does.
+FAITHFUL_WRAPPERS = (
+    "cohere_compass",
+    "gemma3n",
+    "gemma4",
+    "gemma4_unified",
+    "granite4_vision",
+    "granite_docling",
+    "hyperclovax_vision_v2",
+    "inkling2",
+    "mistral_large4",
+    "muse_glimmer",
+    "muse_spark",
+    "paligemma",
+)
 
 
 class LMHead(NamedTuple):
@@ -40,7 +59,7 @@ def lm_head_of(model: Any) -> LMHead:
 
     Raises:
         ValueError: A model without a head of its own (an encoder-decoder, a headless model), or
-            one whose head is quantised or not in memory.
+            one whose head is quantised, not in memory, or the target of an adapter.
 
     Example:
         >>> from transformers import CohereConfig, CohereForCausalLM
@@ -62,15 +81,8 @@ def lm_head_of(model: Any) -> LMHead:
             "model: expected a head in memory, got one that is off-loaded (device 'meta'); "
             "give lm_head a device in device_map"
         )
-    config = model.config.get_text_config()
-    scale = 1.0
-    for name in MULTIPLIERS:
-        scale *= _number(config, name, 1.0)
-    for name in DIVISORS:
-        number = _number(config, name, 1.0)
-        scale *= number if config.model_type in MULTIPLYING_MODELS else 1.0 / number
-    softcap = next((_number(config, name, 0.0) for name in SOFTCAPS if hasattr(config, name)), 0.0)
-    return LMHead(weight, getattr(module, "bias", None), scale, softcap or None)
+    scale, softcap = _scale_and_softcap(_config_at(model, module))
+    return LMHead(weight, getattr(module, "bias", None), scale, softcap)
 
 
 def head_states(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,16 +96,32 @@ def head_states(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         (n, T, H) what the head reads, and (n, 1, V) the model's own logits of each first position:
         the others are never computed.
     """
+    states, outputs = run_to_head(model, model, **inputs)
+    return states, outputs.logits
+
+
+def run_to_head(
+    model: Any,
+    run: Callable[..., Any],
+    *inputs: Any,
+    kept_rows: int | None = None,
+    **named_inputs: Any,
+) -> tuple[Tensor, Any]:
+    """What a model's head reads (n, T, H) as ``run`` runs the model, and the outputs of that.
+
+    Their logits are of the first position, of all rows or of the first ``kept_rows``, and have no
+    gradient in the states.
+    """
     captured: list[Tensor] = []
 
     def keep_first(_module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         captured.append(arguments[0])
         # The model goes on as it is used to, with next to nothing to do.
-        return (arguments[0][:, :1], *arguments[1:])
+        return (arguments[0][:kept_rows, :1].detach(), *arguments[1:])
 
     handle = head_module(model).register_forward_pre_hook(keep_first)
     try:
-        logits = model(**inputs, use_cache=False).logits
+        outputs = run(*inputs, **named_inputs, use_cache=False)
     finally:
         handle.remove()
     if len(captured) != 1:
@@ -101,33 +129,51 @@ def head_states(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
             f"model: expected one call of its head in a forward pass, got {len(captured)} "
             f"({type(model).__name__})"
         )
-    return captured[0], logits
+    return captured[0], outputs
 
 
 @torch.no_grad()
 def check_head(head: LMHead, states: Tensor, logits: Tensor) -> None:
     """Refuse a head that is not what the model computes, (n, T, H) -> (n, 1, V).
 
-    Shifts, other scales and whatever else a model does to its logits show in their logsumexp; a
-    tenth of a nat is beyond the rounding of any dtype.
+    Other scales, shifts and whatever else a model does to its logits show in their logsumexp, what
+    it does to few of them (tokens that it forbids) in the lowest or the highest; a tenth of a nat
+    is beyond the rounding of any dtype.
     """
     first = states[:, :1].to(head.weight.device)
-    ours = linear_logsumexp(
-        first, head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+    expected = (*first.shape[:-1], head.weight.shape[0])
+    if logits.shape != expected:
+        raise ValueError(
+            f"model: expected logits {tuple(expected)} of its head, got {tuple(logits.shape)}: "
+            "this model does something else to them"
+        )
+    extremes = torch.cat([logits.argmin(-1), logits.argmax(-1)], dim=1)
+    logps, lse = linear_logps(
+        first.expand(-1, 2, -1),
+        head.weight,
+        extremes.to(first.device),
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        return_lse=True,
     )
-    theirs = torch.logsumexp(logits.to(ours), dim=-1)
-    tolerance = 0.1 + 8 * torch.finfo(logits.dtype).eps * theirs.abs()
-    off = (ours - theirs).abs()[theirs.isfinite()]  # the rest is no fault of the head
-    if not bool((off <= tolerance[theirs.isfinite()]).all()):
+    ours = torch.cat([lse[:, :1], logps + lse], dim=1)  # (n, 3)
+    all_theirs = logits[:, 0].to(ours)
+    their_lse = torch.logsumexp(all_theirs, dim=-1, keepdim=True)
+    theirs = torch.cat([their_lse, all_theirs.gather(-1, extremes.to(ours.device))], dim=1)
+    sound = their_lse.squeeze(-1).isfinite()  # the rest is no fault of the head
+    epsilon = max(torch.finfo(dtype).eps for dtype in (states.dtype, logits.dtype))
+    off = (ours - theirs).abs()[sound]
+    if not bool((off <= 0.1 + 8 * epsilon * ours.abs()[sound]).all()):
         raise ValueError(
             "model: expected logits softcap(logit_scale * (hidden @ weight.T + bias)) with "
-            f"logit_scale={head.logit_scale:g} and softcap={head.softcap}, got logits whose "
-            f"logsumexp is off by {float(off.max()):.3g}: "
-            "this model does something else to them"
+            f"logit_scale={head.logit_scale:g} and softcap={head.softcap}, got logits that are "
+            f"off by {float(off.max()):.3g}: this model does something else to them"
         )
 
 
 def head_module(model: Any) -> torch.nn.Module:
+    """The module that computes a model's logits; refused is one whose weight does not say how."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("model: expected a decoder-only language model, got an encoder-decoder")
@@ -138,7 +184,39 @@ def head_module(model: Any) -> torch.nn.Module:
             f"model: expected a language model with a head, got {type(model).__name__}, "
             "which has none"
         )
+    if hasattr(module, "base_layer"):  # PEFT's name for what an adapter adds to
+        raise ValueError(
+            "model: expected a head without an adapter on it, got one of PEFT "
+            f"({type(module).__module__}.{type(module).__name__}), which its weight leaves out; "
+            "merge it (merge_and_unload), or take the head out of target_modules and train it "
+            "whole with modules_to_save"
+        )
     return module
+
+
+def _config_at(model: Any, head: torch.nn.Module) -> Any:
+    """The configuration of the innermost model around the head: its forward calls the head."""
+    path = next(name for name, module in model.named_modules() if module is head)
+    config, inner = model.config, model
+    for name in path.split("."):
+        inner = getattr(inner, name)
+        config = getattr(inner, "config", config)
+    return config
+
+
+def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
+    text = config.get_text_config()
+    wraps = text is not config
+    if text.model_type in PLAIN_MODELS or (wraps and config.model_type not in FAITHFUL_WRAPPERS):
+        return 1.0, None
+    scale = 1.0
+    for name in MULTIPLIERS:
+        scale *= _number(text, name, 1.0)
+    for name in DIVISORS:
+        number = _number(text, name, 1.0)
+        scale *= number if text.model_type in MULTIPLYING_MODELS else 1.0 / number
+    softcap = next((_number(text, name, 0.0) for name in SOFTCAPS if hasattr(text, name)), 0.0)
+    return scale, softcap or None
 
 
 def _number(config: Any, name: str, default: float) -> float:
