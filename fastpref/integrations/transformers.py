@@ -96,7 +96,7 @@ def head_states(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         (n, T, H) what the head reads, and (n, 1, V) the model's own logits of each first position:
         the others are never computed.
     """
-    states, outputs = run_to_head(model, model, **inputs)
+    states, outputs = run_to_head(model, model, kept_rows=None, **inputs)
     return states, outputs.logits
 
 

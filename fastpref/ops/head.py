@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from fastpref.checks import (
 )
 from fastpref.ops.linear_logps_op import linear_logps_op
 from fastpref.ops.transform import LogitTransform
+
+if TYPE_CHECKING:
+    from fastpref.parallel.shard import VocabShard
 
 
 class HeadOptions(TypedDict, total=False):
@@ -68,30 +71,41 @@ def call_head(
     ignore_index: int = -100,
     compact: bool = True,
     scratch_bytes: int = 0,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check and cast the arguments, run the operator.
+
+    With ``shard``, ``weight`` and ``bias`` are this process's part of a head, ``labels`` are not.
 
     Returns (...) log-probabilities and (...) ``temperature * logsumexp``.
     """
     if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
         refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
+    if _is_distributed(hidden, weight, bias):
+        from fastpref.parallel.placements import local_head
+
+        hidden, weight, bias, shard = local_head(hidden, weight, bias)
     hidden, weight, bias, transform = prepare_head(
         hidden, weight, bias, temperature, logit_scale, softcap, ignore_index, compact
     )
     wants_gradient = torch.is_grad_enabled()
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    scratch_bytes = scratch_bytes if wants_gradient and trains_head else 0
     shape = hidden.shape[:-1]
-    logps, lse, _, _ = linear_logps_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        None if labels is None else labels.reshape(-1),
-        *transform,
-        ignore_index,
-        compact,
-        wants_gradient and hidden.requires_grad and not trains_head,
-        scratch_bytes if wants_gradient and trains_head else 0,
-    )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    row_labels = None if labels is None else labels.reshape(-1)
+    if shard is None:
+        jacobian = wants_gradient and hidden.requires_grad and not trains_head
+        logps, lse, _, _ = linear_logps_op(
+            rows, weight, bias, row_labels, *transform,
+            ignore_index, compact, jacobian, scratch_bytes,
+        )  # fmt: skip
+    else:
+        from fastpref.parallel.shard import sharded_logps
+
+        logps, lse = sharded_logps(
+            rows, weight, bias, row_labels, shard, transform, ignore_index, compact, scratch_bytes
+        )
     values = lse.view(shape) if temperature == 1 else lse.view(shape) * transform.temperature
     return logps if labels is None else logps.view(shape), values
 
@@ -106,7 +120,16 @@ def prepare_head(
     ignore_index: int,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, LogitTransform]:
-    """Check what every function with a head takes; cast the operands as autocast wants them."""
+    """Check what every function with a head takes; cast the operands as autocast wants them.
+
+    A head that is spread over processes is gathered, unless it is sharded over the vocabulary.
+    """
+    if _is_distributed(hidden, weight, bias):
+        from fastpref.parallel.placements import local_head
+
+        hidden, weight, bias, shard = local_head(hidden, weight, bias)
+        if shard is not None:
+            refuse("weight", 'a head that is not sharded over a mesh\'s "tp"', "one that is")
     temperature = check_number("temperature", temperature, above=0)
     logit_scale = check_number("logit_scale", logit_scale)
     if softcap is not None:
@@ -121,6 +144,11 @@ def prepare_head(
     check_head(hidden, weight, bias)
     _refuse_tangents(hidden, weight, bias)
     return hidden, weight, bias, LogitTransform(temperature, logit_scale, softcap)
+
+
+def _is_distributed(*tensors: Tensor | None) -> bool:
+    """Whether a ``DTensor`` is among them, without an import of what most never use."""
+    return any(type(tensor).__name__ == "DTensor" for tensor in tensors)
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
