@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpref.checks import refuse
 from fastpref.integrations.fused_head import call_as
-from fastpref.integrations.transformers import lm_head_of
+from fastpref.integrations.transformers import head_module
 from fastpref.rewards import sequence_rewards
 
 NAME = "reward_head"
@@ -31,7 +31,7 @@ def add_reward_head(model: Any) -> None:
             The head takes the dtype and device of its ``lm_head``.
 
     Raises:
-        ValueError: As `lm_head_of`.
+        ValueError: A model without a head of its own.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,8 +45,11 @@ def add_reward_head(model: Any) -> None:
     model = _bare(model)
     if hasattr(model, NAME):
         return
-    weight = lm_head_of(model).weight
-    head = torch.nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype, device=weight.device)
+    lm_head: Any = head_module(model)  # ZeRO-3 leaves its weight without a shape
+    weight = lm_head.weight
+    head = torch.nn.Linear(
+        lm_head.in_features, 1, bias=False, dtype=weight.dtype, device=weight.device
+    )
     # As transformers starts the heads of sequence classifiers.
     torch.nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
     setattr(model, NAME, head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counting import peak_bytes_of
 from safetensors.torch import load_file
 from training import (
     TOKENIZER,
@@ -143,3 +144,21 @@ def test_columns_are_as_good_as_the_oracle(tmp_path):
     )  # fmt: skip
     found.model.load_state_dict(along.model.state_dict())
     assert_same(history(found), history(along))
+
+
+@pytest.mark.parametrize("make", [drdo, oracle])
+def test_no_logits_exist(tmp_path, make):
+    vocab_size = 150_000
+    model = student(vocab_size=vocab_size, hidden_size=4)
+    found = make(tmp_path, model, settings={"per_device_train_batch_size": 8})
+    found.state.logging_steps = 1  # as training sets it
+    batch = found._prepare_inputs(next(iter(found.get_train_dataloader())))
+    logits = batch["input_ids"].numel() * vocab_size * 4
+    head = vocab_size * 4 * 4
+
+    def step() -> None:
+        found.compute_loss(found.model, dict(batch)).backward()
+
+    step()
+    # Gradients of head and embedding, as they are computed and added up; and tiles of 12 MiB.
+    assert peak_bytes_of(step) < 6 * head + 2 * 12 * 2**20 < logits / 3
