@@ -7,7 +7,9 @@ import doctest
 import pytest
 import torch
 
+import fastpref.parallel
 import fastpref.teacher
+from fastpref.integrations import fused_head, reward_head
 from fastpref.integrations import transformers as heads
 
 FUNCTIONS = {
@@ -15,7 +17,10 @@ FUNCTIONS = {
     for module, names in (
         (fastpref, fastpref.__all__),
         (fastpref.teacher, fastpref.teacher.__all__),
+        (fastpref.parallel, fastpref.parallel.__all__),
         (heads, ["lm_head_of"]),
+        (fused_head, ["add_fused_head"]),
+        (reward_head, ["add_reward_head", "load_reward_head"]),
     )
     for name in names
     if not isinstance(getattr(module, name), type)

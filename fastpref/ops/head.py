@@ -35,7 +35,7 @@ from fastpref.ops.linear_logps_op import linear_logps_op
 from fastpref.ops.transform import LogitTransform
 
 if TYPE_CHECKING:
-    from fastpref.parallel.shard import VocabShard
+    from fastpref.ops.vocab_shard import VocabShard
 
 
 class HeadOptions(TypedDict, total=False):
@@ -82,7 +82,7 @@ def call_head(
     if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
         refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
     if _is_distributed(hidden, weight, bias):
-        from fastpref.parallel.placements import local_head
+        from fastpref.ops.placements import local_head
 
         hidden, weight, bias, shard = local_head(hidden, weight, bias)
     hidden, weight, bias, transform = prepare_head(
@@ -101,7 +101,7 @@ def call_head(
             ignore_index, compact, jacobian, scratch_bytes,
         )  # fmt: skip
     else:
-        from fastpref.parallel.shard import sharded_logps
+        from fastpref.ops.vocab_shard import sharded_logps
 
         logps, lse = sharded_logps(
             rows, weight, bias, row_labels, shard, transform, ignore_index, compact, scratch_bytes
@@ -125,7 +125,7 @@ def prepare_head(
     A head that is spread over processes is gathered, unless it is sharded over the vocabulary.
     """
     if _is_distributed(hidden, weight, bias):
-        from fastpref.parallel.placements import local_head
+        from fastpref.ops.placements import local_head
 
         hidden, weight, bias, shard = local_head(hidden, weight, bias)
         if shard is not None:

@@ -71,7 +71,9 @@ def linear_logps(
 
     Args:
         hidden: (..., H) hidden states that the head reads; float64, float32, float16 or bfloat16.
-        weight: (V, H) the head, in the dtype of ``hidden`` (autocast casts both).
+        weight: (V, H) the head, in the dtype of ``hidden`` (autocast casts both). A ``DTensor`` is
+            gathered where it is sharded by data parallelism, and used shard by shard where it is
+            sharded over the vocabulary on a mesh dimension named "tp".
         labels: (...) integers, already shifted: the token that each hidden state predicts.
         bias: (V,) or None.
         temperature: Divides the logits.

@@ -161,6 +161,8 @@ class FusedPreferenceTrainer(DPOTrainer):
 
     def _measures_vocabulary(self) -> bool:
         """Whether this step measures what costs a matrix product: evaluation, or one that logs."""
+        if self._tp_size > 1:  # `linear_stats` knows no vocabulary that is sharded
+            return False
         if not self.model.training:
             return True
         if self.args.logging_strategy != "steps":
