@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from training import assert_same, dataset, history, student, trainer
+from training import TOKENIZER, assert_same, dataset, history, student, trainer
 from trl import DPOConfig, DPOTrainer
 
 from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
@@ -46,6 +47,28 @@ def test_with_a_reference_model(tmp_path, settings):
     assert_same(found, expected)
     for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_scale_and_cap(tmp_path):
+    sizes = {
+        "vocab_size": len(TOKENIZER), "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    configs = (
+        transformers.CohereConfig(**sizes, logit_scale=0.25),
+        transformers.Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=5.0),
+    )
+    for config in configs:
+        torch.manual_seed(0)
+        model, ref_model = (transformers.AutoModelForCausalLM.from_config(config) for _ in "12")
+        ours, theirs = both(tmp_path, model, ref_model=ref_model)
+        found, expected = history(ours), history(theirs)
+        if config.model_type == "gemma2":  # whose mean logit is not linear in the state
+            assert not {"logits/chosen", "logits/rejected"} & set(found[0])
+            for entry in expected:
+                entry.pop("logits/chosen", None), entry.pop("logits/rejected", None)
+        assert_same(found, expected)
 
 
 def test_without_a_reference(tmp_path):

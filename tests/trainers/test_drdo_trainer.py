@@ -146,6 +146,12 @@ def test_columns_are_as_good_as_the_oracle(tmp_path):
     assert_same(history(found), history(along))
 
 
+def test_the_reward_head_has_the_dtype_of_the_model():
+    model = student().bfloat16()
+    add_reward_head(model)
+    assert model.reward_head.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("make", [drdo, oracle])
 def test_no_logits_exist(tmp_path, make):
     vocab_size = 150_000

@@ -20,7 +20,7 @@ from fastpref import reference
 from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
 from fastpref.teacher import add_shaping
 
-OF_TEACHER = {"gamma": 0.9, "value_temperature": 2.0, "form": "next_value"}
+OF_TEACHER = {"gamma": 0.9, "temperature": 2.0, "form": "next_value"}
 
 
 def tvkd(folder, model=None, **options):
@@ -71,8 +71,14 @@ def test_the_loss_is_the_formula(tmp_path, settings):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("settings", [{}, OF_TEACHER], ids=["plain", "options"])
-def test_reading_along_precomputed_and_from_columns(tmp_path, settings):
+@pytest.mark.parametrize(
+    ("of_teacher", "settings"),
+    [({}, {}), ({"max_length": 16}, {"max_length": 16}),
+     (OF_TEACHER, {"gamma": 0.9, "value_temperature": 2.0, "form": "next_value"}),
+     ({"potential": "margin", "terminal": "zero"}, {"potential": "margin", "terminal": "zero"})],
+    ids=["plain", "truncated", "options", "potential"],
+)  # fmt: skip
+def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settings):
     along = history(with_teacher(tmp_path / "along", settings=settings))
     assert {"shaping/chosen", "shaping/rejected"} <= set(along[0])
     up_front = with_teacher(
@@ -80,11 +86,10 @@ def test_reading_along_precomputed_and_from_columns(tmp_path, settings):
     )
     assert up_front.teacher_model is None
     assert_same(history(up_front), along)
-    data = add_shaping(
-        dataset(), tiny_model(TOKENIZER, seed=7), TOKENIZER, tmp_path / "pairs.parquet",
-        **TVKDConfig(str(tmp_path), bf16=False, **settings).shaping_options(),
-    )  # fmt: skip
-    assert_same(history(tvkd(tmp_path / "columns", train_dataset=data)), along)
+    teacher = tiny_model(TOKENIZER, seed=7)
+    data = add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", **of_teacher)
+    kept = {name: value for name, value in settings.items() if name == "max_length"}
+    assert_same(history(tvkd(tmp_path / "columns", settings=kept, train_dataset=data)), along)
 
 
 def test_a_teacher_of_another_tokenizer_up_front(tmp_path):
@@ -112,6 +117,32 @@ def test_a_teacher_and_a_reference(tmp_path):
     assert found[0]["shaping/chosen"] == without[0]["shaping/chosen"]
     assert found[0]["logps/chosen"] == without[0]["logps/chosen"]
     assert found[0]["rewards/chosen"] != without[0]["rewards/chosen"]
+
+
+def test_a_teacher_that_reads_along_is_frozen(tmp_path):
+    found = with_teacher(tmp_path)
+    found.train()
+    teacher = found.teacher_model
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_new_pairs_after_training(tmp_path):
+    """There is no reference, so none has to be precomputed ahead of training."""
+    found = tvkd(tmp_path, train_dataset=dataset(**signal("shaping")))
+    found.train()
+    assert "eval_shaping/chosen" in found.evaluate(dataset(4, **signal("shaping", 4)))
+    with pytest.raises(ValueError, match="eval_dataset: expected columns chosen_shaping"):
+        found.evaluate(dataset(4))
+
+
+def test_what_a_tensor_parallel_vocabulary_does_not_say(tmp_path):
+    found = tvkd(tmp_path, train_dataset=dataset(**signal("shaping")))
+    found._tp_size = 2
+    found.state.logging_steps = 1
+    found.compute_loss(found.model, batch_of(found))
+    assert "logps/chosen" in found._metrics["train"]
+    assert "entropy" not in found._metrics["train"]
 
 
 def test_bf16(tmp_path):
