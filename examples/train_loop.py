@@ -113,7 +113,8 @@ def batches(pairs: Dataset, tokenizer: Any, args: Arguments, device: torch.devic
 def run(student: Any, batch: list[torch.Tensor], args: Arguments) -> fastpref.TVKDOutput:
     """The loss of a batch, computed where the student's head is: there are no logits."""
     tokens, attention, labels, shaping = batch
-    options = {"labels": labels, "shaping": shaping, "beta": args.beta, "alpha": args.alpha}
+    options: dict[str, Any] = {"labels": labels, "shaping": shaping}
+    options |= {"beta": args.beta, "alpha": args.alpha}
 
     def at_head(states: torch.Tensor, head: Any) -> dict[str, Any]:
         return {"out": fastpref.tvkd_loss(states[:, :-1], **options, **head._asdict())}

@@ -102,6 +102,8 @@ def _runs_at_head(forward: Any) -> bool:
     return hasattr(found, "runs_at_head")
 
 
+# torch.compile follows no forward that changes from call to call.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
 def call_as(module: torch.nn.Module, forward: Callable[[Tensor], Any], states: Tensor) -> Any:
     """Call a module, its hooks around it, with another forward."""
     own = module.__dict__.get("forward")

@@ -28,7 +28,8 @@ def add_reward_head(model: Any) -> None:
 
     Args:
         model: A causal language model of transformers, bare or wrapped by PEFT; changed in place.
-            The head takes the dtype and device of its ``lm_head``.
+            The head takes the dtype of what trains beside it (PEFT's adapters are float32 on a
+            bfloat16 model), and the device of ``lm_head``.
 
     Raises:
         ValueError: A model without a head of its own.
@@ -43,12 +44,16 @@ def add_reward_head(model: Any) -> None:
         torch.Size([1, 16])
     """
     model = _bare(model)
-    if hasattr(model, NAME):
+    if has_reward_head(model):
         return
     lm_head: Any = head_module(model)  # ZeRO-3 leaves its weight without a shape
-    weight = lm_head.weight
+    trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     head = torch.nn.Linear(
-        lm_head.in_features, 1, bias=False, dtype=weight.dtype, device=weight.device
+        lm_head.in_features,
+        1,
+        bias=False,
+        dtype=next(trained, lm_head.weight.dtype),
+        device=lm_head.weight.device,
     )
     # As transformers starts the heads of sequence classifiers.
     torch.nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
@@ -101,17 +106,21 @@ def take_reward_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"weight": state_dict.pop(names[0])}
 
 
+def has_reward_head(model: Any) -> bool:
+    """Whether a model has been given a reward head."""
+    return hasattr(_bare(model), NAME)
+
+
 def reward_head_of(model: Any) -> Any:
     """The reward head of a model; refused is one that has none."""
-    head = getattr(_bare(model), NAME, None)
-    if head is None:
+    if not has_reward_head(model):
         refuse(
             "model",
             "a reward head (`load_reward_head` from the folder it was saved in, "
             "`add_reward_head` for a new one)",
             f"{type(_bare(model)).__name__} without",
         )
-    return head
+    return getattr(_bare(model), NAME)
 
 
 def rewards_at_head(model: Any, states: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
-from torch.nn.functional import softplus
 
 from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
 from fastpref.ops.rows import labelled_rows
@@ -129,7 +128,9 @@ def _of_all_shards(logps: Tensor, lse: Tensor, group: ProcessGroup) -> tuple[Ten
     if not logps.numel():
         return logps, total
     every[dist.get_rank(group)] = -torch.inf
-    logps = logps - softplus(every.logsumexp(0) - lse)
+    # log(1 + exp(x)), whose own function stops counting at x = 20: too early for float64.
+    difference = every.logsumexp(0) - lse
+    logps = logps - torch.logaddexp(difference, torch.zeros_like(difference))
     # A shard that is masked as a whole, as padding of the vocabulary is.
     return logps.masked_fill(lse == -torch.inf, -torch.inf), total
 

@@ -82,7 +82,8 @@ def add_shaping(
         dataset: Preference pairs in TRL's standard or conversational format, with a ``prompt``
             or with one that ``chosen`` and ``rejected`` repeat: a dataset, an iterable of rows, a
             JSON-lines or Parquet file, or a name on the Hub, whose split "train" is read.
-        model: The teacher, a causal language model of transformers, on its device.
+        model: The teacher, a causal language model of transformers, on its device; left in
+            evaluation mode.
         tokenizer: The teacher's own tokenizer, whose chat template is applied as TRL's
             ``DPOTrainer`` does.
         output: The Parquet file to write. ``<output>.partial`` beside it keeps what is done.
@@ -115,6 +116,7 @@ def add_shaping(
     output = Path(output)
     check_sizes(output, max_length, batch_size)
     head = lm_head_of(model)
+    model.eval()
     rows = _rows_of(dataset)
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     pairs, bad = tokenize_rows(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from counting import peak_bytes_of
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from training import (
     TOKENIZER,
@@ -146,10 +149,21 @@ def test_columns_are_as_good_as_the_oracle(tmp_path):
     assert_same(history(found), history(along))
 
 
-def test_the_reward_head_has_the_dtype_of_the_model():
+def test_the_reward_head_has_the_dtype_of_what_trains():
     model = student().bfloat16()
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
     add_reward_head(model)
     assert model.reward_head.weight.dtype == torch.bfloat16
+    add_reward_head(adapted)
+    assert adapted.get_base_model().reward_head.weight.dtype == torch.float32
+
+
+def test_a_model_brings_the_reward_head_of_its_folder(tmp_path):
+    first = oracle(tmp_path / "oracle")
+    first.save_model()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "oracle")
+    second = oracle(tmp_path / "on", model)
+    torch.testing.assert_close(second.model.reward_head.weight, first.model.reward_head.weight)
 
 
 @pytest.mark.parametrize("make", [drdo, oracle])

@@ -86,15 +86,38 @@ def test_arguments(tmp_path, make, options, message):
         (tvkd, SHAPED, {"gamma": 0.9}, "gamma: expected 1.0, since there is no teacher_model"),
         (tvkd, teacher(), {"alpha": 0.0}, "teacher_model: expected None with alpha=0"),
         (tvkd, teacher(), {"potential": "best"}, "potential: expected 'value' or"),
+        (
+            tvkd,
+            teacher(),
+            {"precompute_shaping": True, "max_length": 8},
+            "train_dataset: expected rows that the teacher can read; .* --skip-bad-rows",
+        ),
+        (
+            tvkd,
+            teacher(),
+            {"precompute_shaping": True, "truncation_mode": "keep_end"},
+            "truncation_mode: expected 'keep_start'",
+        ),
         (drdo, REWARDED, {"beta": 0.5}, "beta: expected 0.1, since DRDO"),
         (drdo, REWARDED, {"label_smoothing": 0.1}, "label_smoothing: expected 0.0"),
         (drdo, REWARDED, {"sync_ref_model": True}, "sync_ref_model"),
         (oracle, {}, {"beta": 0.5}, "beta: expected 0.1, since the oracle"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
 def test_settings(tmp_path, make, options, settings, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, settings=settings, **options)
+
+
+def test_a_teacher_that_is_the_student(tmp_path):
+    model = tiny_model(TOKENIZER)
+    args = TVKDConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="teacher_model: expected another model"):
+        TVKDTrainer(
+            model, args=args, teacher_model=model, teacher_processing_class=TOKENIZER,
+            train_dataset=dataset(), processing_class=TOKENIZER,
+        )  # fmt: skip
 
 
 def test_a_folder_without_a_reward_head(tmp_path):

@@ -57,7 +57,7 @@ def test_the_same_trajectory(tmp_path, make):
 def test_the_best_model_keeps_its_reward_head(tmp_path):
     settings = {
         **SAVING, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3,
-        "metric_for_best_model": "eval_loss",
+        "metric_for_best_model": "eval_loss", "greater_is_better": True,  # so it is not the last
     }  # fmt: skip
     data = dataset(**signal("reward"))
     found = trainer(
@@ -65,5 +65,6 @@ def test_the_best_model_keeps_its_reward_head(tmp_path):
         train_dataset=data, eval_dataset=data,
     )  # fmt: skip
     found.train()
+    assert found.state.best_model_checkpoint.endswith("checkpoint-3")
     best = found.evaluate()["eval_loss"]
     assert best == pytest.approx(found.state.best_metric, rel=1e-5)

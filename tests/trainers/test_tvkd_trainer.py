@@ -11,6 +11,7 @@ from training import (
     assert_same,
     dataset,
     history,
+    numbers,
     signal,
     student,
     trainer,
@@ -125,6 +126,46 @@ def test_a_teacher_that_reads_along_is_frozen(tmp_path):
     teacher = found.teacher_model
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_read_up_front_has_no_dropout(tmp_path):
+    teacher = tiny_model(TOKENIZER, seed=7, attention_dropout=0.5).train()
+    found = tvkd(
+        tmp_path, settings={"precompute_shaping": True},
+        teacher_model=teacher, teacher_processing_class=TOKENIZER,
+    )  # fmt: skip
+    expected = add_shaping(
+        dataset(),
+        tiny_model(TOKENIZER, seed=7),
+        TOKENIZER,
+        tmp_path / "pairs.parquet",
+        batch_size=2,
+    )
+    assert found.train_dataset["chosen_shaping"][:] == expected["chosen_shaping"][:]
+
+
+def test_a_file_of_an_earlier_run_gives_its_shaping_only(tmp_path):
+    settings = {"precompute_shaping": True}
+    with_teacher(tmp_path, settings=settings)
+    data = dataset(note=numbers(3))
+    found = with_teacher(tmp_path, settings=settings, train_dataset=data)
+    assert found.train_dataset["note"][:] == numbers(3)
+
+
+# torch.compile looks at every tensor it meets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled(tmp_path):
+    options = {"ref_model": student(seed=5)}
+    settings = {"reference_free": False, "num_train_epochs": 1}
+    compiled = {**settings, "torch_compile": True, "torch_compile_backend": "eager"}
+    expected = history(with_teacher(tmp_path, settings=settings, **options))
+    assert_same(history(with_teacher(tmp_path, settings=compiled, **options)), expected)
+
+
+def test_predict_and_new_pairs_without_logits(tmp_path):
+    found = tvkd(tmp_path, train_dataset=dataset(**signal("shaping")))
+    outputs = found.predict(found.train_dataset)
+    assert outputs.predictions is None and outputs.metrics["test_loss"] > 0
 
 
 def test_new_pairs_after_training(tmp_path):

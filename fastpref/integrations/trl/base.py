@@ -21,8 +21,7 @@ from fastpref.integrations.trl.metrics import vocabulary_metrics
 from fastpref.integrations.trl.options import refuse_adapters
 from fastpref.ops import linear_logps
 from fastpref.sequences import labels_of_states, sequence_sum
-
-IGNORE_INDEX = -100
+from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 class FusedPreferenceTrainer(DPOTrainer):
@@ -59,7 +58,8 @@ class FusedPreferenceTrainer(DPOTrainer):
         refuse_adapters(model, peft_config)
         self.columns = () if self.signal is None else columns_of(self.signal)
         precomputes = args.precompute_ref_log_probs
-        # DPOTrainer makes a copy of the student for a reference unless it was precomputed.
+        # DPOTrainer loads a reference unless its numbers are precomputed. (It then also hashes the
+        # student, a second a gigabyte; and under FSDP loads the reference for a moment.)
         args.precompute_ref_log_probs = precomputes or self.reference_free
         try:
             super().__init__(model, ref_model, args, peft_config=peft_config, **options)
@@ -128,7 +128,8 @@ class FusedPreferenceTrainer(DPOTrainer):
         """(2B,) from the dataset where they were precomputed, else from the reference."""
         if self.precompute_ref_logps:
             return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        return torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+        model = self.model if self.ref_model is None else self.ref_model
+        return torch.cat(self.compute_ref_log_probs(model, inputs))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         mode = "train" if self.model.training else "eval"
@@ -170,6 +171,17 @@ class FusedPreferenceTrainer(DPOTrainer):
         step = self.state.global_step + 1
         first = step == 1 and self.args.logging_first_step
         return bool(first or step % self.state.logging_steps == 0)
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss; TRL would add the logits."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        return loss, None, None
 
     def _record(self, mode: str, metrics: dict[str, Tensor], tokens: Tensor) -> None:
         """Add up sums and counts over all processes, in one collective and one read by the host."""

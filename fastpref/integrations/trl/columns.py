@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class CollatorWithColumns:
         for column in self.columns:
             values = [example.get(column) for example in examples]
             for value in values:
-                if not isinstance(value, int | float) or not math.isfinite(value):
+                if not isinstance(value, Real) or not math.isfinite(value):
                     raise ValueError(
                         f"{column}: expected a finite number in every row, got {value!r}"
                     )

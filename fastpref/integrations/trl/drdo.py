@@ -12,7 +12,7 @@ from trl.trainer.dpo_config import DPOConfig
 from fastpref.checks import refuse
 from fastpref.integrations.reward_head import load_reward_head, reward_head_of, rewards_at_head
 from fastpref.integrations.transformers import LMHead
-from fastpref.integrations.trl.base import IGNORE_INDEX, default_output_dir
+from fastpref.integrations.trl.base import default_output_dir
 from fastpref.integrations.trl.columns import columns_of, missing_columns, stacked
 from fastpref.integrations.trl.frozen import load_frozen, require_same_tokens
 from fastpref.integrations.trl.metrics import pair_metrics, summed
@@ -20,6 +20,7 @@ from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, ref
 from fastpref.integrations.trl.rewards import RewardHeadTrainer
 from fastpref.losses import drdo_loss
 from fastpref.sequences import labels_of_states
+from fastpref.teacher.tokens import IGNORE_INDEX
 
 REWARDS = columns_of("reward")
 

@@ -17,6 +17,7 @@ def load_frozen(argument: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if isinstance(model, str):
         model, found = load_teacher(model)
         return model, tokenizer or found
+    model.eval()
     if tokenizer is None:
         source = get_config_model_id(model.config)
         try:

@@ -10,8 +10,7 @@ from torch import Tensor
 from fastpref.integrations.transformers import LMHead
 from fastpref.ops import linear_stats
 from fastpref.sequences import labels_of_states
-
-IGNORE_INDEX = -100  # as transformers and TRL mark what is no label
+from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 @torch.no_grad()

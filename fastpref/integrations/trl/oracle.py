@@ -9,13 +9,14 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref.integrations.transformers import LMHead
-from fastpref.integrations.trl.base import IGNORE_INDEX, default_output_dir
+from fastpref.integrations.trl.base import default_output_dir
 from fastpref.integrations.trl.metrics import summed
 from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, refuse_options
 from fastpref.integrations.trl.rewards import RewardHeadTrainer
 from fastpref.losses import oracle_loss
 from fastpref.ops import linear_logps
 from fastpref.sequences import labels_of_states
+from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 @dataclass

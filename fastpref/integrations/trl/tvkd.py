@@ -14,7 +14,6 @@ from trl.trainer.dpo_config import DPOConfig
 from fastpref.checks import check_choice, refuse
 from fastpref.integrations.transformers import LMHead
 from fastpref.integrations.trl.base import (
-    IGNORE_INDEX,
     FusedPreferenceTrainer,
     default_output_dir,
 )
@@ -24,8 +23,9 @@ from fastpref.integrations.trl.metrics import pair_metrics, summed
 from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, refuse_options
 from fastpref.losses import tvkd_loss
 from fastpref.sequences import labels_of_states
-from fastpref.teacher import add_shaping, teacher_shaping
+from fastpref.teacher import BadRowsError, add_shaping, teacher_shaping
 from fastpref.teacher.shaping import Form, Potential, Terminal
+from fastpref.teacher.tokens import IGNORE_INDEX
 
 SHAPING = columns_of("shaping")
 OF_TEACHER = ("potential", "value_temperature", "gamma", "terminal", "form", "precompute_shaping")
@@ -46,8 +46,8 @@ class TVKDConfig(DPOConfig):
         default=True,
         metadata={
             "help": "Whether the loss does without a reference model, as in the paper. If False, a "
-            "reference is used as in DPOTrainer: `ref_model`, or a copy of the student, or the "
-            "student with its PEFT adapter off."
+            "reference is used as in DPOTrainer: `ref_model`, or the checkpoint that the student "
+            "was loaded from, or the student with its PEFT adapter off."
         },
     )
     length_normalize: bool = field(
@@ -168,6 +168,8 @@ class TVKDTrainer(FusedPreferenceTrainer):
         reads_along = teacher_model is not None and not args.precompute_shaping
         self.signal = None if reads_along or not args.alpha else "shaping"
         self.teacher_model = None
+        if teacher_model is not None and teacher_model is model:
+            refuse("teacher_model", "another model than the student", "the student itself")
         if teacher_model is not None:
             self.teacher_model, teacher_processing_class = load_frozen(
                 "teacher_model", teacher_model, teacher_processing_class
@@ -178,7 +180,7 @@ class TVKDTrainer(FusedPreferenceTrainer):
             require_same_tokens("teacher_model", self._teacher_tokenizer, self._tokenizer)
             self.teacher_model = self.prepare_frozen(self.teacher_model)
         else:
-            self.teacher_model = None
+            self.teacher_model = None  # it has been read, and its memory is wanted
 
     def with_columns(self, dataset: Any, dataset_name: str) -> Any:
         """A dataset with its shaping, or without where the teacher reads along."""
@@ -194,15 +196,26 @@ class TVKDTrainer(FusedPreferenceTrainer):
             return dataset
         if not isinstance(dataset, Dataset):
             refuse(f"{dataset_name}_dataset", "a Dataset to precompute", type(dataset).__name__)
-        return add_shaping(
-            dataset,
-            self.teacher_model,
-            self._teacher_tokenizer,
-            Path(self.args.output_dir) / f"{dataset_name}-shaping.parquet",
-            max_length=self.args.max_length,
-            batch_size=self.args.per_device_train_batch_size,
-            **self.args.shaping_options(),
-        )
+        try:
+            found = add_shaping(
+                dataset,
+                self.teacher_model,
+                self._teacher_tokenizer,
+                Path(self.args.output_dir) / f"{dataset_name}-shaping.parquet",
+                max_length=self.args.max_length,
+                batch_size=self.args.per_device_train_batch_size,
+                **self.args.shaping_options(),
+            )
+        except BadRowsError as error:
+            raise ValueError(
+                f"{dataset_name}_dataset: expected rows that the teacher can read; take the others "
+                "out, or add the columns with `fastpref values --skip-bad-rows`. " + str(error)
+            ) from error
+        # Its columns only: a file of an earlier run knows the rows as they were then.
+        for column in SHAPING:
+            values = found[column][:]
+            dataset = dataset.add_column(column, values, feature=found.features[column])
+        return dataset
 
     def constants(
         self, inputs: dict[str, Tensor], model_inputs: dict[str, Tensor], labels: Tensor
@@ -264,6 +277,8 @@ def _check_config(args: TVKDConfig, teacher_model: Any) -> None:
     refuse_options(args, OF_OTHER_LOSSES, "TVKD has a loss of its own")
     if args.reference_free:
         refuse_options(args, OF_REFERENCE, "there is no reference (reference_free=True)")
+    if args.precompute_shaping:
+        refuse_options(args, ["truncation_mode"], "a teacher's own tokens are cut at their end")
     if teacher_model is None:
         refuse_options(args, OF_TEACHER, "there is no teacher_model that it is for")
     elif not args.alpha:
