@@ -71,7 +71,7 @@ def _local_part(name: str, tensor: Tensor) -> Tensor:
     processes = math.prod(size for size, splits in sizes if splits)
     if processes == 1:
         return gathered
-    mean: Tensor = _DivideGradient.apply(gathered, processes)  # type: ignore[no-untyped-call]
+    mean: Tensor = _DivideGradient.apply(gathered, processes)  # type: ignore[no-untyped-call]  # autograd's own
     return mean
 
 

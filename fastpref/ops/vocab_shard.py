@@ -56,7 +56,7 @@ def sharded_logps(
         lse = lse.masked_fill(ignored, 0)
     if rows is None:
         return logps, lse
-    return tuple(one.new_zeros(count).index_copy(0, rows, one) for one in (logps, lse))  # type: ignore[return-value]
+    return tuple(one.new_zeros(count).index_copy(0, rows, one) for one in (logps, lse))  # type: ignore[return-value]  # one for each of two
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from fastpref.integrations.trl.supported import require_supported_trl
 require_supported_trl()
 
 from fastpref.integrations.trl.drdo import DRDOConfig, DRDOTrainer  # noqa: E402  # after the check
-from fastpref.integrations.trl.oracle import OracleConfig, OracleTrainer  # noqa: E402
-from fastpref.integrations.trl.tvkd import TVKDConfig, TVKDTrainer  # noqa: E402
+from fastpref.integrations.trl.oracle import OracleConfig, OracleTrainer  # noqa: E402  # as above
+from fastpref.integrations.trl.tvkd import TVKDConfig, TVKDTrainer  # noqa: E402  # as above
 
 __all__ = [
     "DRDOConfig",
