@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from fastpref.integrations.transformers import LMHead
+from fastpref import Head
 from fastpref.teacher import (
     action_rewards,
     add_shaping,
@@ -104,7 +104,7 @@ def precompute_and_measure(
     rewards: dict[str, list[Tensor]] = {}
     besides: list[float] = []
 
-    def note_rewards(states: Tensor, head: LMHead, labels: Tensor, *_: Any, **__: Any) -> None:
+    def note_rewards(states: Tensor, head: Head, labels: Tensor, *_: Any, **__: Any) -> None:
         began = time.perf_counter()
         for name, sums in table_5(states, head, labels).items():
             rewards.setdefault(name, []).append(sums.view(2, -1).T.cpu())
@@ -154,15 +154,13 @@ def timed(function: str, then: Callable[..., None] | None = None) -> Iterator[li
         setattr(precompute, function, step)
 
 
-def table_5(states: Tensor, head: LMHead, labels: Tensor) -> dict[str, Tensor]:
+def table_5(states: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:
     """The sum (2B,) of each potential's shaping and of each action-dependent reward."""
-    options: dict[str, Any] = head._asdict()
-    weight = options.pop("weight")
     return {
-        name: teacher_shaping(states, weight, labels, potential=name, **options)
+        name: teacher_shaping(states, head, labels, potential=name)
         for name in get_args(Potential)
     } | {
-        name: action_rewards(states, weight, labels, reward=name, **options)
+        name: action_rewards(states, head, labels, reward=name)
         for name in get_args(ActionReward)
     }
 

@@ -1,21 +1,32 @@
 """Fused losses for preference distillation: TVKD and DRDO without the logits."""
 
-from fastpref.losses import DRDOOutput, OracleOutput, TVKDOutput, drdo_loss, oracle_loss, tvkd_loss
-from fastpref.ops import linear_logps, linear_logsumexp, linear_stats
+from fastpref import losses
+from fastpref.linear_losses import drdo_loss, tvkd_loss
+from fastpref.losses.pairs import LossOutput
+from fastpref.ops import (
+    Head,
+    linear_logps,
+    linear_logps_with_stats,
+    linear_logsumexp,
+    linear_stats,
+)
+from fastpref.responses import Responses, sum_responses
 from fastpref.rewards import sequence_rewards
 from fastpref.teacher import shaping_from_values, teacher_shaping
 
 __all__ = [
-    "DRDOOutput",
-    "OracleOutput",
-    "TVKDOutput",
+    "Head",
+    "LossOutput",
+    "Responses",
     "drdo_loss",
     "linear_logps",
+    "linear_logps_with_stats",
     "linear_logsumexp",
     "linear_stats",
-    "oracle_loss",
+    "losses",
     "sequence_rewards",
     "shaping_from_values",
+    "sum_responses",
     "teacher_shaping",
     "tvkd_loss",
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from numbers import Real
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -49,6 +52,46 @@ def check_number(
     ):
         refuse(name, expected, value)
     return value
+
+
+class Bounds(NamedTuple):
+    """Which finite numbers an option may be: the annotation says it, `check_options` holds it."""
+
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+Finite = Annotated[float, Bounds()]
+Positive = Annotated[float, Bounds(above=0)]
+NonNegative = Annotated[float, Bounds(at_least=0)]
+Smoothing = Annotated[float, Bounds(at_least=0, at_most=0.5)]
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a loss's options: numbers with `Bounds` and flags, by name."""
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        name: hints[name]
+        for name in inspect.signature(function).parameters
+        if hints[name] is bool or any(isinstance(one, Bounds) for one in get_args(hints[name]))
+    }
+
+
+def check_options(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse what the annotations of a loss's options do not allow."""
+    check_annotated(options_of(loss), options)
+
+
+def check_annotated(annotations: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Hold ``values`` to the annotations that `options_of` gives."""
+    for name, annotation in annotations.items():
+        if name not in values:
+            continue
+        if annotation is bool:
+            check_flag(name, values[name])
+        else:
+            check_number(name, values[name], **get_args(annotation)[1]._asdict())
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -16,7 +16,6 @@ from fastpref.checks import (
     check_floating,
     check_ignore_index,
     check_integers,
-    check_shape,
     refuse,
 )
 
@@ -28,17 +27,8 @@ WITHOUT_FLOAT64 = ("mps", "xpu")  # of the latter some devices
 def check_pairs(
     labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, *, read: bool = True
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Refuse labels that are not stacked pairs.
-
-    The host reads ``cu_seqlens`` to check them. Without ``read`` it never waits for the device, and
-    where they are wrong every label becomes one that gives NaN, ``SPOILED``.
-
-    Returns labels and boundaries as int64, which holds any ``ignore_index``, and the number of
-    sequences, 2B.
-    """
+    """`check_sequences` of stacked pairs, and the number of sequences, 2B."""
     check_integers("labels", labels)
-    check_ignore_index(ignore_index)
-    labels = labels.to(torch.int64)
     if cu_seqlens is None:
         if labels.dim() != 2 or labels.shape[0] % 2 or not labels.shape[0]:
             refuse(
@@ -47,26 +37,42 @@ def check_pairs(
                 "(or flat labels with cu_seqlens)",
                 tuple(labels.shape),
             )
-        return labels, None, labels.shape[0]
+    else:
+        check_integers("cu_seqlens", cu_seqlens)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
+            refuse("cu_seqlens", "shape (2B + 1,), B pairs", tuple(cu_seqlens.shape))
+    labels, cu_seqlens = check_sequences(labels, cu_seqlens, ignore_index, read=read)
+    return labels, cu_seqlens, (labels if cu_seqlens is None else cu_seqlens[1:]).shape[0]
+
+
+def check_sequences(
+    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, *, read: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Refuse labels that are neither padded (S, T) nor packed (N,), with boundaries (S + 1,).
+
+    The host reads ``cu_seqlens`` to check them. Without ``read`` it never waits for the device, and
+    where they are wrong every label becomes one that gives NaN, ``SPOILED``.
+
+    Returns labels and boundaries as int64, which holds any ``ignore_index``.
+    """
+    check_integers("labels", labels)
+    check_ignore_index(ignore_index)
+    labels = labels.to(torch.int64)
+    if cu_seqlens is None:
+        if labels.dim() != 2:
+            refuse("labels", "shape (S, T), or flat with cu_seqlens", tuple(labels.shape))
+        return labels, None
     check_integers("cu_seqlens", cu_seqlens)
     check_device("cu_seqlens", cu_seqlens, "labels", labels)
     if labels.dim() != 1 or not labels.shape[0]:
         refuse("labels", "shape (N,), N above 0, with cu_seqlens", tuple(labels.shape))
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
-        refuse("cu_seqlens", "shape (2B + 1,), B pairs", tuple(cu_seqlens.shape))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        refuse("cu_seqlens", "shape (S + 1,), S sequences", tuple(cu_seqlens.shape))
     cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     if read:
-        cu_seqlens = _checked_boundaries(cu_seqlens, labels, ignore_index)
-    else:
-        cu_seqlens, labels = _unread_boundaries(cu_seqlens, labels, ignore_index)
-    return labels, cu_seqlens, cu_seqlens.shape[0] - 1
-
-
-def check_per_sequence(name: str, values: Tensor, sequences: int, labels: Tensor) -> None:
-    """Refuse anything but one floating-point number a sequence on the device of the labels."""
-    check_floating(name, values)
-    check_shape(name, values, (sequences,), "(2B,), one number a sequence")
-    check_device(name, values, "labels", labels)
+        return labels, _checked_boundaries(cu_seqlens, labels, ignore_index)
+    cu_seqlens, labels = _unread_boundaries(cu_seqlens, labels, ignore_index)
+    return labels, cu_seqlens
 
 
 def check_states(

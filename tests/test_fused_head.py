@@ -11,7 +11,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
-from fastpref.integrations.fused_head import add_fused_head
+from fastpref.models.fused_head import add_fused_head
 
 TOKENIZER = tiny_tokenizer()
 TOKENS = torch.randint(5, 300, (2, 6), generator=torch.Generator().manual_seed(0))

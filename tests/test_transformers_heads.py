@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fastpref import reference
-from fastpref.integrations.transformers import check_head, head_states, lm_head_of
+from fastpref.models.lm_head import check_head, head_states, lm_head_of
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -37,8 +37,6 @@ from trl import DPOConfig, DPOTrainer, TrlParser
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from fastpref import linear_logps
-from fastpref.integrations.fused_head import add_fused_head
-from fastpref.integrations.reward_head import rewards_at_head
 from fastpref.integrations.trl import (
     DRDOConfig,
     DRDOTrainer,
@@ -48,6 +46,8 @@ from fastpref.integrations.trl import (
     TVKDTrainer,
 )
 from fastpref.integrations.trl.columns import columns_of
+from fastpref.models.fused_head import add_fused_head
+from fastpref.models.reward_head import rewards_at_head
 from fastpref.teacher import add_shaping, load_teacher
 from fastpref.teacher.tokens import IGNORE_INDEX, pad_pairs, tokenize_rows
 

@@ -1,7 +1,13 @@
-"""Losses: per-token numbers in, one number out, each method in a file of its own."""
+"""Losses: sums over responses in, one number out. A method is a pure function in a file of its own.
 
-from fastpref.losses.drdo import DRDOOutput, drdo_loss
-from fastpref.losses.oracle import OracleOutput, oracle_loss
-from fastpref.losses.tvkd import TVKDOutput, tvkd_loss
+A new method is such a file and a line below. Its signature says the rest, to trainers too: tensors
+are what it reads of a batch, annotated numbers and flags are its options, and the docstring holds
+their help texts.
+"""
 
-__all__ = ["DRDOOutput", "OracleOutput", "TVKDOutput", "drdo_loss", "oracle_loss", "tvkd_loss"]
+from fastpref.losses.dpo import dpo as dpo
+from fastpref.losses.dpo import ipo as ipo
+from fastpref.losses.drdo import drdo as drdo
+from fastpref.losses.oracle import oracle as oracle
+from fastpref.losses.pairs import METHODS as METHODS
+from fastpref.losses.tvkd import tvkd as tvkd

@@ -6,60 +6,54 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastpref.checks import check_device, check_floating, check_number, check_shape, refuse
-from fastpref.losses.pairs import preference_losses
+from fastpref.checks import NonNegative
+from fastpref.losses.pairs import difference, halves, pair_loss, preference_losses
+from fastpref.responses import Responses
 
 
 class OracleOutput(NamedTuple):
-    """What `oracle_loss` returns; everything but ``loss`` is detached."""
+    """What `oracle` returns; everything but ``loss`` is detached."""
 
     loss: Tensor  # () mean over pairs, differentiable
+    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
+    chosen_rewards: Tensor  # (B,) of the model's reward head
+    rejected_rewards: Tensor  # (B,)
     preference_loss: Tensor  # () the Bradley-Terry term
-    nll_loss: Tensor  # () mean negative log-probability of the chosen responses, nats
+    nll_loss: Tensor  # () mean over pairs of the winner's negative log-probability per token, nats
 
 
-def oracle_loss(
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    chosen_logps: Tensor,
-    *,
-    sft_weight: float,
-) -> OracleOutput:
+@pair_loss
+def oracle(chosen: Responses, rewards: Tensor, *, sft_weight: NonNegative = 0.1) -> OracleOutput:
     r"""Bradley-Terry loss of a reward head, regularised by the likelihood of the winner.
 
-    .. math:: L = -\log \sigma(r_w - r_l) - \lambda \log \pi(y_w)
+    .. math:: L = -\log \sigma(r_w - r_l) - \frac{\lambda}{|y_w|} \log \pi(y_w)
 
-    DRDO (Direct Reward Distillation and policy-Optimization), equation 6, mean over pairs.
+    DRDO (Direct Reward Distillation and policy-Optimization), equation 6, mean over pairs, with the
+    log-probability per token.
 
     Args:
-        chosen_rewards: (B,) floating point, for instance from `sequence_rewards`.
-        rejected_rewards: (B,).
-        chosen_logps: (B,) log-probabilities of the chosen responses, summed or per token as the
-            caller likes, in nats.
-        sft_weight: :math:`\lambda` (>= 0).
+        chosen: Sums over the B chosen responses, from `fastpref.sum_responses`.
+        rewards: (2B,) rewards of chosen and then of rejected responses, for instance from
+            `fastpref.sequence_rewards`.
+        sft_weight: Weight of the winner's mean negative log-probability per token.
 
     Returns:
         `OracleOutput`.
 
     Raises:
-        ValueError: Shapes or devices that do not fit, a number that is not finite or out of range.
+        ValueError: Rewards that are not (2B,), a number that is not finite or out of range.
 
     Example:
-        >>> import torch
-        >>> rewards = torch.zeros(4, requires_grad=True)
-        >>> out = oracle_loss(rewards[:2], rewards[2:], torch.tensor([-3.0, -5.0]), sft_weight=0.1)
-        >>> round(out.loss.item(), 4)
+        >>> chosen = fastpref.Responses(torch.tensor([-6.0, -5.0]), torch.tensor([2, 1]))
+        >>> round(oracle(chosen, torch.zeros(4), sft_weight=0.1).loss.item(), 4)
         1.0931
     """
-    sft_weight = check_number("sft_weight", sft_weight, at_least=0)
-    check_floating("chosen_rewards", chosen_rewards)
-    if chosen_rewards.dim() != 1 or not len(chosen_rewards):
-        refuse("chosen_rewards", "shape (B,), at least one pair", tuple(chosen_rewards.shape))
-    for name, values in (("rejected_rewards", rejected_rewards), ("chosen_logps", chosen_logps)):
-        check_floating(name, values)
-        check_shape(name, values, chosen_rewards.shape, "(B,) like chosen_rewards")
-        check_device(name, values, "chosen_rewards", chosen_rewards)
-    preference_loss = preference_losses(chosen_rewards - rejected_rewards).mean()
-    nll_loss = -chosen_logps.mean()
-    loss = preference_loss + sft_weight * nll_loss
-    return OracleOutput(loss, preference_loss.detach(), nll_loss.detach())
+    preference_loss = preference_losses(difference(rewards)).mean()
+    nll_loss = -chosen.per_token(chosen.logps).mean()
+    return OracleOutput(
+        preference_loss + sft_weight * nll_loss,
+        chosen.likelihoods().detach(),
+        *halves(rewards),
+        preference_loss=preference_loss.detach(),
+        nll_loss=nll_loss.detach(),
+    )

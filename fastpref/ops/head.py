@@ -1,23 +1,8 @@
-"""The arguments every function with a head shares: their types, their checks, their meaning.
-
-========================  ================================================================
-``bias``                  (V,) added to the projection; None for none
-``temperature``           divides the logits (> 0)
-``logit_scale``           multiplies the projection, as in Cohere and Granite
-``softcap``               ``softcap * tanh(x / softcap)``, as in Gemma (> 0); None for none
-``compact``               project labelled rows only, at one read by the host in forward and,
-                          where the head trains, one more in backward; ``False`` never waits
-                          for the device (CUDA graphs), projects every row and answers NaN
-                          where a label is outside the vocabulary
-``scratch_bytes``         where the head trains: keep exponentials for backward in at most so
-                          many bytes instead of computing them again; what is held is sized
-                          by all rows, labelled or not
-========================  ================================================================
-"""
+"""A language-model head, and the checks and casts that every function with a head shares."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,107 +20,113 @@ from fastpref.ops.linear_logps_op import linear_logps_op
 from fastpref.ops.transform import LogitTransform
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from fastpref.ops.vocab_shard import VocabShard
 
 
-class HeadOptions(TypedDict, total=False):
-    """Keyword arguments that every loss passes on to `linear_logps`."""
+class Head(NamedTuple):
+    r"""A language-model head: what turns hidden states into logits.
 
-    bias: Tensor | None
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    compact: bool
-    scratch_bytes: int
+    .. math:: Q = \mathrm{softcap}(\mathrm{logit\_scale}\,(h W^\top + b)), \qquad
+              \mathrm{softcap}(x) = c \tanh(x / c)
+
+    Functions with a ``head`` argument take a `Head`, or the bare weight where it has nothing else.
+    `fastpref.models.lm_head_of` gives the `Head` of a transformers model.
+
+    Example:
+        >>> head = Head(torch.randn(50, 8), softcap=30.0)
+        >>> linear_logps(torch.randn(2, 3, 8), head, torch.tensor([[4, 9, 2], [1, 2, 3]])).shape
+        torch.Size([2, 3])
+    """
+
+    weight: Tensor  # (V, H) in the dtype of the hidden states; a DTensor may be sharded
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0  # as in Cohere and Granite
+    softcap: float | None = None  # as in Gemma; above 0
+    group: ProcessGroup | None = None  # processes of which each has some rows of weight and bias
 
 
-OPTIONS = frozenset(HeadOptions.__annotations__)
+class PreparedHead(NamedTuple):
+    """Plain tensors on this process, checked and cast, and what happens to their product."""
 
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H), or this process's rows of it
+    bias: Tensor | None  # (V,), or this process's numbers of it
+    transform: LogitTransform
+    shard: VocabShard | None  # where the head is only a part of the vocabulary
 
-def check_options(function: str, options: HeadOptions) -> None:
-    """Refuse keyword arguments that no head has in the name of the function that was called."""
-    for name in options:
-        if name not in OPTIONS:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    def trains(self) -> bool:
+        """Whether the head wants a gradient."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
 
 def call_head(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    head: Head | Tensor,
     labels: Tensor | None,  # (...) int64
     *,
-    bias: Tensor | None,
     temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     ignore_index: int = -100,
     compact: bool = True,
     scratch_bytes: int = 0,
-    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check and cast the arguments, run the operator.
-
-    With ``shard``, ``weight`` and ``bias`` are this process's part of a head, ``labels`` are not.
 
     Returns (...) log-probabilities and (...) ``temperature * logsumexp``.
     """
     if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
         refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
-    if _is_distributed(hidden, weight, bias):
-        from fastpref.ops.placements import local_head
-
-        hidden, weight, bias, shard = local_head(hidden, weight, bias)
-    hidden, weight, bias, transform = prepare_head(
-        hidden, weight, bias, temperature, logit_scale, softcap, ignore_index, compact
-    )
+    ready = prepare_head(hidden, head, temperature, ignore_index, compact)
     wants_gradient = torch.is_grad_enabled()
-    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    scratch_bytes = scratch_bytes if wants_gradient and trains_head else 0
+    scratch_bytes = scratch_bytes if wants_gradient and ready.trains() else 0
     shape = hidden.shape[:-1]
-    rows = hidden.reshape(-1, hidden.shape[-1])
     row_labels = None if labels is None else labels.reshape(-1)
-    if shard is None:
-        jacobian = wants_gradient and hidden.requires_grad and not trains_head
+    if ready.shard is None:
+        jacobian = wants_gradient and ready.hidden.requires_grad and not ready.trains()
         logps, lse, _, _ = linear_logps_op(
-            rows, weight, bias, row_labels, *transform,
+            ready.hidden, ready.weight, ready.bias, row_labels, *ready.transform,
             ignore_index, compact, jacobian, scratch_bytes,
         )  # fmt: skip
     else:
         from fastpref.ops.vocab_shard import sharded_logps
 
         logps, lse = sharded_logps(
-            rows, weight, bias, row_labels, shard, transform, ignore_index, compact, scratch_bytes
-        )
-    values = lse.view(shape) if temperature == 1 else lse.view(shape) * transform.temperature
+            ready.hidden, ready.weight, ready.bias, row_labels, ready.shard, ready.transform,
+            ignore_index, compact, scratch_bytes,
+        )  # fmt: skip
+    values = lse.view(shape) if temperature == 1 else lse.view(shape) * temperature
     return logps if labels is None else logps.view(shape), values
 
 
 def prepare_head(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    head: Head | Tensor,
     temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     ignore_index: int,
     compact: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, LogitTransform]:
+) -> PreparedHead:
     """Check what every function with a head takes; cast the operands as autocast wants them.
 
     A head that is spread over processes is gathered, unless it is sharded over the vocabulary.
     """
-    if _is_distributed(hidden, weight, bias):
+    weight, bias, logit_scale, softcap, group = as_head(head)
+    transform = LogitTransform(
+        check_number("temperature", temperature, above=0),
+        check_number("logit_scale", logit_scale),
+        None if softcap is None else check_number("softcap", softcap, above=0),
+    )
+    check_ignore_index(ignore_index)
+    check_flag("compact", compact)
+    shard = None
+    if group is not None:
+        from fastpref.ops.vocab_shard import shard_of_group
+
+        shard = shard_of_group(hidden, weight, bias, group)
+    elif _is_distributed(hidden, weight, bias):
         from fastpref.ops.placements import local_head
 
         hidden, weight, bias, shard = local_head(hidden, weight, bias)
-        if shard is not None:
-            refuse("weight", 'a head that is not sharded over a mesh\'s "tp"', "one that is")
-    temperature = check_number("temperature", temperature, above=0)
-    logit_scale = check_number("logit_scale", logit_scale)
-    if softcap is not None:
-        softcap = check_number("softcap", softcap, above=0)
-    check_ignore_index(ignore_index)
-    check_flag("compact", compact)
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     if bias is not None:
@@ -143,7 +134,16 @@ def prepare_head(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_head(hidden, weight, bias)
     _refuse_tangents(hidden, weight, bias)
-    return hidden, weight, bias, LogitTransform(temperature, logit_scale, softcap)
+    return PreparedHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, shard)
+
+
+def as_head(head: Head | Tensor) -> Head:
+    """A `Head` of a bare weight; a `Head` as it is."""
+    if isinstance(head, Tensor):
+        return Head(head)
+    if not isinstance(head, Head):
+        refuse("head", "a Head or a tensor (V, H), its weight", type(head).__name__)
+    return head
 
 
 def _is_distributed(*tensors: Tensor | None) -> bool:

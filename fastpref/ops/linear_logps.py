@@ -1,64 +1,36 @@
-"""Per-token log-probabilities of a language-model head."""
+"""Per-token log-probabilities and soft values of a language-model head."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref.checks import check_labels, check_shape
-from fastpref.ops.head import call_head
+from fastpref.ops.head import Head, call_head
+from fastpref.ops.linear_stats import linear_stats
 
 
-@overload
-def linear_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    temperature: float = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    compact: bool = ...,
-    scratch_bytes: int = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+class LogpsWithStats(NamedTuple):
+    """What `linear_logps_with_stats` returns: (...) each, 0 (False) where ignored."""
 
-
-@overload
-def linear_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    temperature: float = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    compact: bool = ...,
-    scratch_bytes: int = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    logps: Tensor  # log-probabilities of the labels in nats, differentiable
+    lse: Tensor  # temperature * logsumexp of the logits, differentiable
+    entropy: Tensor  # of the distribution over the vocabulary in nats, detached
+    is_top1: Tensor  # bool: no logit is larger than the label's
 
 
 def linear_logps(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
     temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
     compact: bool = True,
     scratch_bytes: int = 0,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     r"""Log-probabilities of ``labels`` under a language-model head, without the logits.
 
     .. math:: \log \pi(y_t) = z_{t, y_t} - \log \sum_j \exp z_{t,j}, \qquad
@@ -69,16 +41,14 @@ def linear_logps(
     float16) and in four where the head trains. Call it under ``torch.no_grad()`` where no gradient
     is wanted: one matrix product.
 
+    A head whose rows are spread over processes stays where it is, and a head whose rows are sharded
+    for data parallelism is gathered: see ``docs/distributed.md``.
+
     Args:
         hidden: (..., H) hidden states that the head reads; float64, float32, float16 or bfloat16.
-        weight: (V, H) the head, in the dtype of ``hidden`` (autocast casts both). A ``DTensor`` is
-            gathered where it is sharded by data parallelism, and used shard by shard where it is
-            sharded over the vocabulary on a mesh dimension named "tp".
+        head: `Head`, or its weight (V, H), in the dtype of ``hidden`` (autocast casts both).
         labels: (...) integers, already shifted: the token that each hidden state predicts.
-        bias: (V,) or None.
         temperature: Divides the logits.
-        logit_scale: Multiplies the projection, as in Cohere and Granite.
-        softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
         ignore_index: The label of positions to leave out; their log-probability is 0.
         compact: Project only labelled rows, for which the host reads one count from the device,
             and where the head trains once more in the backward pass. ``False`` never waits for the
@@ -87,14 +57,9 @@ def linear_logps(
         scratch_bytes: Where the head trains, keep exponentials for the backward pass in at most so
             many bytes instead of computing them again: down to three matrix products. What is
             held is sized by all rows, labelled or not.
-        return_lse: Also return the logsumexp values. A frozen head keeps the Jacobian of the
-            log-probabilities alone: a loss that uses the logsumexp computes the logits again in
-            its backward pass, four matrix products in all.
 
     Returns:
-        (...) log-probabilities in nats, float32 (float64 for float64 inputs), 0 where ignored. With
-        ``return_lse`` also (...) ``temperature * logsumexp(z)``, as `linear_logsumexp` has it, 0
-        where ignored. Both are differentiable.
+        (...) log-probabilities in nats, float32 (float64 for float64 inputs), 0 where ignored.
 
     Raises:
         ValueError: Shapes, devices or dtypes that do not fit; a number that is not finite or out of
@@ -102,25 +67,108 @@ def linear_logps(
 
     Example:
         >>> hidden = torch.randn(2, 3, 8, requires_grad=True)
-        >>> weight = torch.randn(50, 8)
         >>> labels = torch.tensor([[4, 9, -100], [1, 2, 3]])
-        >>> logps = linear_logps(hidden, weight, labels)
+        >>> logps = linear_logps(hidden, torch.randn(50, 8), labels)
         >>> logps.shape, logps[0, 2].item()
         (torch.Size([2, 3]), 0.0)
         >>> logps.sum().backward()
     """
+    return _logps_and_lse(hidden, head, labels, temperature, ignore_index, compact, scratch_bytes)[
+        0
+    ]
+
+
+def linear_logps_with_stats(
+    hidden: Tensor,
+    head: Head | Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    compact: bool = True,
+    scratch_bytes: int = 0,
+) -> LogpsWithStats:
+    r"""`linear_logps`, and what trainers log beside: logsumexp, entropy and top-1 accuracy.
+
+    .. math:: H_t = -\sum_j p_{t,j} \log p_{t,j}, \qquad p_t = \mathrm{softmax}(z_t)
+
+    A loss that uses ``lse`` where the head is frozen computes the logits again in its backward
+    pass, four matrix products in all: what is kept is the Jacobian of the log-probabilities alone.
+
+    Args:
+        hidden: As in `linear_logps`, like all that follows.
+        head: `Head`, or its weight (V, H).
+        labels: (...) integers, already shifted.
+        temperature: Divides the logits.
+        ignore_index: The label of positions to leave out.
+        compact: Project labelled rows only.
+        scratch_bytes: Where the head trains, bytes for exponentials kept for backward.
+
+    Returns:
+        `LogpsWithStats`, float32 (float64 for float64 inputs) and bool.
+
+    Raises:
+        ValueError: As `linear_logps`.
+
+    Example:
+        >>> labels = torch.tensor([[4, 9, -100], [1, 2, 3]])
+        >>> found = linear_logps_with_stats(torch.zeros(2, 3, 8), torch.randn(50, 8), labels)
+        >>> round(float(found.entropy[0, 0]), 3), float(found.entropy[0, 2])  # log 50, ignored
+        (3.912, 0.0)
+    """
+    logps, lse = _logps_and_lse(
+        hidden, head, labels, temperature, ignore_index, compact, scratch_bytes
+    )
+    with torch.no_grad():
+        found = linear_stats(
+            hidden, head, labels, stats=("entropy", "is_top1"), temperature=temperature,
+            ignore_index=ignore_index, compact=compact,
+        )  # fmt: skip
+    return LogpsWithStats(logps, lse, found["entropy"], found["is_top1"])
+
+
+def linear_logsumexp(hidden: Tensor, head: Head | Tensor, *, temperature: float = 1.0) -> Tensor:
+    r"""The soft value of every position under a language-model head, without the logits.
+
+    .. math:: V(s) = \tau \log \sum_a \exp(Q(s, a) / \tau), \qquad
+              Q = \mathrm{softcap}(\mathrm{logit\_scale}\,(h W^\top + b))
+
+    Lemma 1 of TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025) with
+    :math:`\tau` = ``temperature``. Exact, differentiable, one matrix product without gradients.
+
+    Args:
+        hidden: (..., H) hidden states that the head reads; float64, float32, float16 or bfloat16.
+        head: `Head`, or its weight (V, H), in the dtype of ``hidden`` (autocast casts both).
+        temperature: :math:`\tau`, in the unit of the logits.
+
+    Returns:
+        (...) values in the unit of the logits, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Shapes, devices or dtypes that do not fit; a number that is not finite or out of
+            range.
+
+    Example:
+        >>> import torch
+        >>> values = linear_logsumexp(torch.zeros(2, 3, 8), torch.randn(50, 8))
+        >>> values.shape, round(float(values[0, 0]), 3)  # log 50
+        (torch.Size([2, 3]), 3.912)
+    """
+    return call_head(hidden, head, None, temperature=temperature)[1]
+
+
+def _logps_and_lse(
+    hidden: Tensor,
+    head: Head | Tensor,
+    labels: Tensor,
+    temperature: float,
+    ignore_index: int,
+    compact: bool,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor]:
     check_labels(labels, hidden)
     check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
-    logps, values = call_head(
-        hidden,
-        weight,
-        labels.to(torch.int64),
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        compact=compact,
-        scratch_bytes=scratch_bytes,
-    )
-    return (logps, values) if return_lse else logps
+    return call_head(
+        hidden, head, labels.to(torch.int64), temperature=temperature,
+        ignore_index=ignore_index, compact=compact, scratch_bytes=scratch_bytes,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_labels, check_shape, refuse
-from fastpref.ops.head import prepare_head
+from fastpref.ops.head import Head, prepare_head
 from fastpref.ops.linear_stats_op import linear_stats_op
 from fastpref.ops.partial import Partial
 
@@ -58,14 +58,11 @@ OF_LABELS = {"target_logit", "target_logp", "is_top1"}
 
 def linear_stats(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor | None = None,
     *,
     stats: Sequence[Statistic],
-    bias: Tensor | None = None,
     temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
     compact: bool = True,
 ) -> dict[Statistic, Tensor]:
@@ -92,14 +89,11 @@ def linear_stats(
 
     Args:
         hidden: (..., H) hidden states that the head reads; float64, float32, float16 or bfloat16.
-        weight: (V, H) the head, in the dtype of ``hidden`` (autocast casts both).
+        head: `Head`, or its weight (V, H), in the dtype of ``hidden`` (autocast casts both).
         labels: (...) integers, already shifted: the token that each hidden state predicts. None
             where no statistic is the label's: then no position is left out.
         stats: Names from the table.
-        bias: (V,) or None.
         temperature: :math:`\tau`, in the unit of the logits.
-        logit_scale: Multiplies the projection, as in Cohere and Granite.
-        softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
         ignore_index: The label of positions to leave out; their statistics are 0 (False).
         compact: Project only labelled rows, for which the host reads one count from the device.
             ``False`` never waits for the device (CUDA graphs), projects every row, and answers NaN
@@ -126,13 +120,15 @@ def linear_stats(
         check_labels(labels, hidden)
         check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
         labels = labels.to(torch.int64)
-    hidden, weight, bias, transform = prepare_head(
-        hidden, weight, bias, temperature, logit_scale, softcap, ignore_index, compact
+    rows, weight, bias, transform, shard = prepare_head(
+        hidden, head, temperature, ignore_index, compact
     )
-    _refuse_gradients(hidden, weight, bias)
+    if shard is not None:
+        refuse("head", "one that is not sharded over the vocabulary", "one that is")
+    _refuse_gradients(rows, weight, bias)
 
     numbers, target_logit = linear_stats_op(
-        hidden.reshape(-1, hidden.shape[-1]),
+        rows,
         weight,
         bias,
         None if labels is None else labels.reshape(-1),

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
+from fastpref.checks import check_floating, refuse
 from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
 from fastpref.ops.rows import labelled_rows
 from fastpref.ops.transform import LogitTransform
@@ -24,6 +26,26 @@ class VocabShard(NamedTuple):
     group: ProcessGroup
     start: int
     total: int  # tokens of all processes
+
+
+def shard_of_group(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup
+) -> VocabShard:
+    """This process's place in a vocabulary whose sizes it asks the others of ``group`` for.
+
+    The rows of all processes are end to end in the order of their ranks; their numbers may differ.
+    """
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if isinstance(tensor, DTensor):
+            refuse(name, "a plain tensor beside a group (a DTensor knows its own)", "a DTensor")
+    if not isinstance(group, ProcessGroup):
+        refuse("group", "a torch.distributed process group", type(group).__name__)
+    check_floating("weight", weight)
+    own = torch.tensor([weight.shape[0]], device=weight.device)
+    every = own.new_empty(dist.get_world_size(group), 1)
+    dist.all_gather(list(every.unbind(0)), own, group=group)
+    sizes = every.flatten().tolist()
+    return VocabShard(group, sum(sizes[: dist.get_rank(group)]), sum(sizes))
 
 
 def sharded_logps(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_choice
-from fastpref.ops import linear_stats
+from fastpref.ops import Head, linear_stats
 from fastpref.ops.linear_stats import Statistic
 from fastpref.sequences import check_pairs, check_states, labels_of_states, sequence_sum
 
@@ -19,15 +19,12 @@ ACTION_REWARDS: dict[ActionReward, Statistic] = {"logit": "target_logit", "logp"
 @torch.no_grad()
 def action_rewards(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,
     *,
     reward: ActionReward,
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
     compact: bool = True,
 ) -> Tensor:
@@ -42,14 +39,11 @@ def action_rewards(
     Args:
         hidden: (2B, T + 1, H) the teacher's hidden states *unshifted*, as in `teacher_shaping`, or
             packed (N, H); float64, float32, float16 or bfloat16.
-        weight: (V, H) the teacher's head, in the dtype of ``hidden``.
+        head: The teacher's `Head`, or its weight (V, H), in the dtype of ``hidden``.
         labels: (2B, T) integers, already shifted, or packed (N,).
         reward: ``"logit"`` or ``"logp"``.
         temperature: Divides the logits of ``"logp"``.
         cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
-        bias: (V,) or None.
-        logit_scale: Multiplies the projection, as in Cohere and Granite.
-        softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
         ignore_index: The label of positions outside the response.
         compact: Read the head at labelled positions only; see `linear_logps`.
 
@@ -70,13 +64,10 @@ def action_rewards(
     check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
     found = linear_stats(
         hidden,
-        weight,
+        head,
         labels_of_states(labels, cu_seqlens, ignore_index),
         stats=(ACTION_REWARDS[reward],),
-        bias=bias,
         temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
         ignore_index=ignore_index,
         compact=compact,
     )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import refuse
-from fastpref.integrations.transformers import LMHead, check_head, head_states, lm_head_of
+from fastpref.models.lm_head import check_head, head_states, lm_head_of
+from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.model import model_settings
 from fastpref.teacher.processes import this_process
@@ -201,7 +202,7 @@ def plan(pairs: list[TokenizedPair], batch_size: int) -> list[list[TokenizedPair
 
 @torch.no_grad()
 def read_states(
-    model: Any, head: LMHead, batch: list[TokenizedPair], *, check: bool
+    model: Any, head: Head, batch: list[TokenizedPair], *, check: bool
 ) -> tuple[Tensor, Tensor]:
     """What the teacher's head reads (2B, T + 1, H), and labels (2B, T), on the head's device."""
     tokens, attention, labels = pad_pairs(batch)
@@ -219,7 +220,7 @@ def read_states(
 @torch.no_grad()
 def shape_batch(
     states: Tensor,  # (2B, T + 1, H)
-    head: LMHead,
+    head: Head,
     labels: Tensor,  # (2B, T)
     options: ShapingOptions,
     *,
@@ -229,16 +230,9 @@ def shape_batch(
     if not per_token:
         shaping = teacher_shaping(
             states,
-            head.weight,
+            head,
             labels,
-            temperature=options.temperature,
-            gamma=options.gamma,
-            terminal=options.terminal,
-            form=options.form,
-            potential=options.potential,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
+            **options._asdict(),
         )
         return {"shaping": shaping}
     # A state belongs to a response where it predicts a token of it, or follows the last one.
@@ -246,13 +240,10 @@ def shape_batch(
     in_response = predicts | predicts.roll(1, dims=1)
     values = state_potentials(
         states,
-        head.weight,
+        head,
         in_response,
         potential=options.potential,
         temperature=options.temperature,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
     )
     shaping = shaping_from_values(
         values, labels, gamma=options.gamma, terminal=options.terminal, form=options.form

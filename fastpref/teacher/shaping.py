@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastpref.checks import check_choice, check_flag, check_number
-from fastpref.ops import linear_stats
+from fastpref.ops import Head, linear_stats
 from fastpref.ops.head import call_head
 from fastpref.ops.linear_stats import Statistic
 from fastpref.ops.matmul import statistics_dtype
@@ -35,7 +35,7 @@ POTENTIALS: dict[Potential, Statistic] = {
 
 def teacher_shaping(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,
     *,
     temperature: float = 1.0,
@@ -44,9 +44,6 @@ def teacher_shaping(
     form: Form = "difference",
     potential: Potential = "value",
     cu_seqlens: Tensor | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
     compact: bool = True,
 ) -> Tensor:
@@ -62,7 +59,7 @@ def teacher_shaping(
     Args:
         hidden: (2B, T + 1, H) the teacher's hidden states *unshifted*, the one after the last token
             included, or packed (N, H); float64, float32, float16 or bfloat16.
-        weight: (V, H) the teacher's head, in the dtype of ``hidden``.
+        head: The teacher's `Head`, or its weight (V, H), in the dtype of ``hidden``.
         labels: (2B, T) integers, already shifted: ``labels[:, t]`` is the token that
             ``hidden[:, t]`` predicts; or packed (N,). A response with gaps telescopes run by run.
         temperature: :math:`\tau`, in the unit of the logits.
@@ -77,9 +74,6 @@ def teacher_shaping(
             ``"expectation"``, :math:`\sum_a \pi Q`, with :math:`\pi` the softmax of
             :math:`Q / \tau`.
         cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
-        bias: (V,) or None.
-        logit_scale: Multiplies the projection, as in Cohere and Granite.
-        softcap: ``softcap * tanh(x / softcap)``, as in Gemma.
         ignore_index: The label of positions outside the response.
         compact: Read the head at needed positions only, for which the host reads one count, and
             ``cu_seqlens`` to check them. ``False`` never waits for the device, and answers NaN
@@ -107,13 +101,10 @@ def teacher_shaping(
     )
     values = state_potentials(
         hidden,
-        weight,
+        head,
         coefficients != 0,
         potential=potential,
         temperature=temperature,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
         compact=compact,
     )
     shaping = _weighted_sum(values, coefficients, cu_seqlens)
@@ -124,14 +115,11 @@ def teacher_shaping(
 @torch.no_grad()
 def state_potentials(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    head: Head | Tensor,
     wanted: Tensor,  # (...) bool
     *,
     potential: Potential,
     temperature: float,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
     compact: bool = True,
 ) -> Tensor:
     """The potential (...) of the wanted states, 0 elsewhere."""
@@ -141,25 +129,19 @@ def state_potentials(
     if potential == "value":  # which has kernels of its own
         _, values = call_head(
             hidden,
-            weight,
+            head,
             labels,
-            bias=bias,
             temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
             ignore_index=-1,
             compact=compact,
         )
         return values
     return linear_stats(
         hidden,
-        weight,
+        head,
         labels,
         stats=(POTENTIALS[potential],),
-        bias=bias,
         temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
         ignore_index=-1,
         compact=compact,
     )[POTENTIALS[potential]]

@@ -15,7 +15,7 @@ from one_process import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from fastpref.integrations.fused_head import add_fused_head
+from fastpref.models.fused_head import add_fused_head
 
 
 def accumulate(rank, world, *, checkpointing, unwrapped=False):

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastpref.integrations.fused_head import add_fused_head
+from fastpref.models.fused_head import add_fused_head
 
 
 def with_lora(model):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from closeness import assert_no_worse
+from fastpref.parallel import vocab_parallel_logps
 from one_process import OneProcess, at_head, batch, processes, tiny_model, tvkd, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -16,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastpref
-from fastpref.integrations.fused_head import add_fused_head
-from fastpref.parallel import vocab_parallel_logps
+from fastpref.models.fused_head import add_fused_head
 
 WIDTH = 6
 OPTIONS = {

@@ -7,7 +7,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from one_process import OneProcess, at_head, batch, mean_over_processes, processes, tiny_model, tvkd
 
-from fastpref.integrations.fused_head import add_fused_head
+from fastpref.models.fused_head import add_fused_head
 
 # Gloo does: DeepSpeed would compile collectives of its own, which takes a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

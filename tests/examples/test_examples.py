@@ -15,7 +15,7 @@ from common import forget_oldest_turns, load_student
 from tiny_models import rows, tiny_model, tiny_tokenizer
 from trl import TrlParser
 
-from fastpref.integrations.reward_head import FILE
+from fastpref.models.reward_head import FILE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {

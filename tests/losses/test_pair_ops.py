@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastpref.losses.fused import drdo_pairs_op, tvkd_pairs_op
 from torch.library import opcheck
 
-from fastpref.losses.fused import drdo_pairs_op, tvkd_pairs_op
 from fastpref.ops.backend import uses_triton
 from fastpref.sequences import _checked_boundaries
 

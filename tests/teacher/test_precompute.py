@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 import fastpref
 from fastpref import reference
-from fastpref.integrations.transformers import lm_head_of
+from fastpref.models.lm_head import lm_head_of
 from fastpref.teacher import add_shaping, load_shaping, load_teacher
 from fastpref.teacher.precompute import ShapingOptions, plan, read_states, shape_batch
 from fastpref.teacher.store import FinishedBatches, read_settings

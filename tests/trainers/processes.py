@@ -12,8 +12,8 @@ from peft import LoraConfig
 from tiny_models import tiny_model
 from training import TOKENIZER, dataset, history, signal, student, trainer
 
-from fastpref.integrations.reward_head import add_reward_head
 from fastpref.integrations.trl import DRDOConfig, DRDOTrainer, TVKDConfig, TVKDTrainer
+from fastpref.models.reward_head import add_reward_head
 
 PAIRS_A_STEP = 4
 

@@ -21,8 +21,8 @@ from training import (
 from transformers import AutoModelForCausalLM
 
 from fastpref import reference
-from fastpref.integrations.reward_head import add_reward_head, load_reward_head
 from fastpref.integrations.trl import DRDOConfig, DRDOTrainer, OracleConfig, OracleTrainer
+from fastpref.models.reward_head import add_reward_head, load_reward_head
 
 
 def drdo(folder, model=None, **options):

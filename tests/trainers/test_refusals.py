@@ -9,7 +9,6 @@ from tiny_models import tiny_model, tiny_tokenizer
 from training import TOKENIZER, dataset, numbers, signal, student, trainer
 
 import fastpref.integrations.trl
-from fastpref.integrations.reward_head import add_reward_head
 from fastpref.integrations.trl import (
     DRDOConfig,
     DRDOTrainer,
@@ -19,6 +18,7 @@ from fastpref.integrations.trl import (
     TVKDTrainer,
     supported,
 )
+from fastpref.models.reward_head import add_reward_head
 
 SHAPED = {"train_dataset": dataset(**signal("shaping"))}
 REWARDED = {"train_dataset": dataset(**signal("reward"))}

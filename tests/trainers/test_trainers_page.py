@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 import fastpref.integrations.trl
 from fastpref import reference
-from fastpref.integrations.fused_head import add_fused_head
+from fastpref.models.fused_head import add_fused_head
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
 TVKD, DRDO, PLAIN = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)

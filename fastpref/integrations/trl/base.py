@@ -14,12 +14,11 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fastpref.checks import refuse
-from fastpref.integrations.fused_head import add_fused_head
-from fastpref.integrations.transformers import LMHead
 from fastpref.integrations.trl.columns import CollatorWithColumns, columns_of, missing_columns
 from fastpref.integrations.trl.metrics import vocabulary_metrics
 from fastpref.integrations.trl.options import refuse_adapters
-from fastpref.ops import linear_logps
+from fastpref.models.fused_head import add_fused_head
+from fastpref.ops import Head, linear_logps
 from fastpref.sequences import labels_of_states, sequence_sum
 from fastpref.teacher.tokens import IGNORE_INDEX
 
@@ -72,7 +71,7 @@ class FusedPreferenceTrainer(DPOTrainer):
         self.data_collator = CollatorWithColumns(self.data_collator, self.columns)
 
     def loss_at_head(
-        self, states: Tensor, head: LMHead, labels: Tensor, constants: dict[str, Tensor]
+        self, states: Tensor, head: Head, labels: Tensor, constants: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and metrics as sum and count, from (2B, T + 1, H) states.
 
@@ -110,9 +109,9 @@ class FusedPreferenceTrainer(DPOTrainer):
             adapter = use_adapter(student, adapter_name=name)
         labels = shifted_labels(inputs)
 
-        def at_head(states: Tensor, head: LMHead) -> dict[str, Tensor]:
+        def at_head(states: Tensor, head: Head) -> dict[str, Tensor]:
             targets = labels_of_states(labels.to(states.device), None, IGNORE_INDEX)
-            return {"logps": linear_logps(states, labels=targets, **head._asdict())}
+            return {"logps": linear_logps(states, head, targets)}
 
         with (
             torch.no_grad(),
@@ -151,7 +150,7 @@ class FusedPreferenceTrainer(DPOTrainer):
         return loss
 
     def _at_head(
-        self, states: Tensor, head: LMHead, *, labels: Tensor, constants: dict[str, Tensor]
+        self, states: Tensor, head: Head, *, labels: Tensor, constants: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         labels = labels.to(states.device)
         constants = {name: values.to(states.device) for name, values in constants.items()}

@@ -10,15 +10,15 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref.checks import refuse
-from fastpref.integrations.reward_head import load_reward_head, reward_head_of, rewards_at_head
-from fastpref.integrations.transformers import LMHead
 from fastpref.integrations.trl.base import default_output_dir
 from fastpref.integrations.trl.columns import columns_of, missing_columns, stacked
 from fastpref.integrations.trl.frozen import load_frozen, require_same_tokens
 from fastpref.integrations.trl.metrics import pair_metrics, summed
 from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, refuse_options
 from fastpref.integrations.trl.rewards import RewardHeadTrainer
-from fastpref.losses import drdo_loss
+from fastpref.linear_losses import drdo_loss
+from fastpref.models.reward_head import load_reward_head, reward_head_of, rewards_at_head
+from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.tokens import IGNORE_INDEX
 
@@ -144,11 +144,12 @@ class DRDOTrainer(RewardHeadTrainer):
         return {"rewards": self._oracle_rewards(model_inputs, labels)}
 
     def loss_at_head(
-        self, states: Tensor, head: LMHead, labels: Tensor, constants: dict[str, Tensor]
+        self, states: Tensor, head: Head, labels: Tensor, constants: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`fastpref.drdo_loss`."""
         output = drdo_loss(
             states,
+            head,
             labels=labels_of_states(labels, None, IGNORE_INDEX),
             student_rewards=self.rewards(states, labels),
             oracle_rewards=constants["rewards"],
@@ -157,7 +158,6 @@ class DRDOTrainer(RewardHeadTrainer):
             length_normalize=self.args.length_normalize,
             detach_focal=self.args.detach_focal,
             scratch_bytes=self.args.scratch_bytes,
-            **head._asdict(),
         )
         chosen, rejected = constants["rewards"].chunk(2)
         return output.loss, pair_metrics(output) | {
@@ -170,7 +170,7 @@ class DRDOTrainer(RewardHeadTrainer):
     def _oracle_rewards(self, model_inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         oracle = self.accelerator.unwrap_model(self.oracle_model)
 
-        def at_head(states: Tensor, _: LMHead) -> dict[str, Tensor]:
+        def at_head(states: Tensor, _: Head) -> dict[str, Tensor]:
             return {"rewards": rewards_at_head(oracle, states, labels.to(states.device))}
 
         inputs = {name: model_inputs[name] for name in ("input_ids", "attention_mask")}

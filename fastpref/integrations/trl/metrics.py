@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.integrations.transformers import LMHead
-from fastpref.ops import linear_stats
+from fastpref.ops import Head, linear_stats
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 @torch.no_grad()
-def vocabulary_metrics(states: Tensor, head: LMHead, labels: Tensor) -> dict[str, Tensor]:
+def vocabulary_metrics(states: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:
     """What DPOTrainer says of the vocabulary, each as (2,): its sum over tokens, and their number.
 
     Costs a matrix product of its own, as nothing in a preference loss knows these numbers. The
@@ -23,7 +22,7 @@ def vocabulary_metrics(states: Tensor, head: LMHead, labels: Tensor) -> dict[str
     ``states`` (2B, T + 1, H), ``labels`` (2B, T) shifted, -100 outside the responses.
     """
     labels = labels_of_states(labels, None, IGNORE_INDEX)
-    stats = linear_stats(states, labels=labels, stats=("entropy", "is_top1"), **head._asdict())
+    stats = linear_stats(states, head, labels, stats=("entropy", "is_top1"))
     mask = labels != IGNORE_INDEX
     chosen, rejected = mask.chunk(2)
     metrics = {

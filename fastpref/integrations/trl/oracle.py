@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
-from fastpref.integrations.transformers import LMHead
+from fastpref import losses
 from fastpref.integrations.trl.base import default_output_dir
 from fastpref.integrations.trl.metrics import summed
 from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, refuse_options
 from fastpref.integrations.trl.rewards import RewardHeadTrainer
-from fastpref.losses import oracle_loss
-from fastpref.ops import linear_logps
+from fastpref.ops import Head, linear_logps
+from fastpref.responses import sum_responses
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.tokens import IGNORE_INDEX
 
@@ -67,15 +67,16 @@ class OracleTrainer(RewardHeadTrainer):
         super().__init__(model, None, args, **options)
 
     def loss_at_head(
-        self, states: Tensor, head: LMHead, labels: Tensor, constants: dict[str, Tensor]
+        self, states: Tensor, head: Head, labels: Tensor, constants: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`fastpref.oracle_loss`; the rejected half meets the reward head only."""
         targets = labels_of_states(labels, None, IGNORE_INDEX).chunk(2)[0]
-        logps = linear_logps(states.chunk(2)[0], labels=targets, **head._asdict()).sum(1)
-        lengths = (targets != IGNORE_INDEX).sum(1).clamp_min(1)
-        chosen, rejected = self.rewards(states, labels).chunk(2)
-        output = oracle_loss(chosen, rejected, logps / lengths, sft_weight=self.args.sft_weight)
-        chosen, rejected = chosen.detach(), rejected.detach()
+        logps = linear_logps(states.chunk(2)[0], head, targets)
+        rewards = self.rewards(states, labels)
+        output = losses.oracle(
+            sum_responses(logps, targets), rewards, sft_weight=self.args.sft_weight
+        )
+        logps, chosen, rejected = output[1:4]
         return output.loss, {
             "rewards/chosen": summed(chosen),
             "rewards/rejected": summed(rejected),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
-from fastpref.integrations.reward_head import (
+from fastpref.integrations.trl.base import FusedPreferenceTrainer
+from fastpref.models.reward_head import (
     FILE,
     add_reward_head,
     has_reward_head,
@@ -18,7 +19,6 @@ from fastpref.integrations.reward_head import (
     save_reward_head,
     take_reward_head,
 )
-from fastpref.integrations.trl.base import FusedPreferenceTrainer
 
 
 class RewardHeadTrainer(FusedPreferenceTrainer):

@@ -12,7 +12,6 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref.checks import check_choice, refuse
-from fastpref.integrations.transformers import LMHead
 from fastpref.integrations.trl.base import (
     FusedPreferenceTrainer,
     default_output_dir,
@@ -21,7 +20,8 @@ from fastpref.integrations.trl.columns import columns_of, missing_columns, stack
 from fastpref.integrations.trl.frozen import load_frozen, require_same_tokens
 from fastpref.integrations.trl.metrics import pair_metrics, summed
 from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, refuse_options
-from fastpref.losses import tvkd_loss
+from fastpref.linear_losses import tvkd_loss
+from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
 from fastpref.teacher import BadRowsError, add_shaping, teacher_shaping
 from fastpref.teacher.shaping import Form, Potential, Terminal
@@ -231,12 +231,13 @@ class TVKDTrainer(FusedPreferenceTrainer):
         return constants
 
     def loss_at_head(
-        self, states: Tensor, head: LMHead, labels: Tensor, constants: dict[str, Tensor]
+        self, states: Tensor, head: Head, labels: Tensor, constants: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`fastpref.tvkd_loss`."""
         shaping = constants.get("shaping")
         output = tvkd_loss(
             states,
+            head,
             labels=labels_of_states(labels, None, IGNORE_INDEX),
             shaping=states.new_zeros(len(labels)) if shaping is None else shaping,
             beta=self.args.beta,
@@ -246,7 +247,6 @@ class TVKDTrainer(FusedPreferenceTrainer):
             label_smoothing=self.args.label_smoothing,
             sft_weight=self.args.sft_weight,
             scratch_bytes=self.args.scratch_bytes,
-            **head._asdict(),
         )
         metrics = pair_metrics(output)
         if shaping is not None:
@@ -258,11 +258,11 @@ class TVKDTrainer(FusedPreferenceTrainer):
 
     @torch.no_grad()
     def _teacher_shaping(self, model_inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        def at_head(states: Tensor, head: LMHead) -> dict[str, Tensor]:
+        def at_head(states: Tensor, head: Head) -> dict[str, Tensor]:
             shaping = teacher_shaping(
                 states,
-                labels=labels.to(states.device),
-                **head._asdict(),
+                head,
+                labels.to(states.device),
                 **self.args.shaping_options(),
             )
             return {"shaping": shaping}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref.ops import linear_logps
+from fastpref.ops import Head, linear_logps, linear_logsumexp
 
 # Configurations name these numbers in many ways.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -36,16 +36,7 @@ FAITHFUL_WRAPPERS = (
 )
 
 
-class LMHead(NamedTuple):
-    """A language-model head, as every function of fastpref takes it."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-
-
-def lm_head_of(model: Any) -> LMHead:
+def lm_head_of(model: Any) -> Head:
     r"""The head of a causal language model of transformers.
 
     .. math:: Q = \mathrm{softcap}(\mathrm{logit\_scale}\,(h W^\top + b))
@@ -54,8 +45,8 @@ def lm_head_of(model: Any) -> LMHead:
         model: A model with ``get_output_embeddings()`` and ``config``, bare or wrapped by PEFT.
 
     Returns:
-        ``weight`` (V, H) and ``bias`` (V,) or None in the model's dtype, the model's own tensors;
-        ``logit_scale`` and ``softcap``, plain numbers.
+        `fastpref.Head`: ``weight`` (V, H) and ``bias`` (V,) or None are the model's own tensors,
+        in its dtype.
 
     Raises:
         ValueError: A model without a head of its own (an encoder-decoder, a headless model), or
@@ -66,8 +57,8 @@ def lm_head_of(model: Any) -> LMHead:
         >>> config = CohereConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
         ...                       num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
         >>> head = lm_head_of(CohereForCausalLM(config))
-        >>> head.weight.shape, head.bias, head.logit_scale, head.softcap
-        (torch.Size([32, 16]), None, 0.0625, None)
+        >>> head.weight.shape, head.logit_scale, head.softcap
+        (torch.Size([32, 16]), 0.0625, None)
     """
     module = head_module(model)
     weight = module.weight
@@ -82,7 +73,7 @@ def lm_head_of(model: Any) -> LMHead:
             "give lm_head a device in device_map"
         )
     scale, softcap = _scale_and_softcap(_config_at(model, module))
-    return LMHead(weight, getattr(module, "bias", None), scale, softcap)
+    return Head(weight, getattr(module, "bias", None), scale, softcap)
 
 
 def head_states(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +124,7 @@ def run_to_head(
 
 
 @torch.no_grad()
-def check_head(head: LMHead, states: Tensor, logits: Tensor) -> None:
+def check_head(head: Head, states: Tensor, logits: Tensor) -> None:
     """Refuse a head that is not what the model computes, (n, T, H) -> (n, 1, V).
 
     Other scales, shifts and whatever else a model does to its logits show in their logsumexp, what
@@ -148,16 +139,9 @@ def check_head(head: LMHead, states: Tensor, logits: Tensor) -> None:
             "this model does something else to them"
         )
     extremes = torch.cat([logits.argmin(-1), logits.argmax(-1)], dim=1)
-    logps, lse = linear_logps(
-        first.expand(-1, 2, -1),
-        head.weight,
-        extremes.to(first.device),
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        return_lse=True,
-    )
-    ours = torch.cat([lse[:, :1], logps + lse], dim=1)  # (n, 3)
+    lse = linear_logsumexp(first, head)
+    logps = linear_logps(first.expand(-1, 2, -1), head, extremes.to(first.device))
+    ours = torch.cat([lse, logps + lse], dim=1)  # (n, 3)
     all_theirs = logits[:, 0].to(ours)
     their_lse = torch.logsumexp(all_theirs, dim=-1, keepdim=True)
     theirs = torch.cat([their_lse, all_theirs.gather(-1, extremes.to(ours.device))], dim=1)

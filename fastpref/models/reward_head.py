@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref.checks import refuse
-from fastpref.integrations.fused_head import call_as
-from fastpref.integrations.transformers import head_module
+from fastpref.models.fused_head import call_as
+from fastpref.models.lm_head import head_module
 from fastpref.rewards import sequence_rewards
 
 NAME = "reward_head"

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.integrations.transformers import (
-    LMHead,
+from fastpref.models.lm_head import (
     check_head,
     head_module,
     lm_head_of,
     run_to_head,
 )
+from fastpref.ops import Head
 
-AtHead = Callable[[Tensor, LMHead], dict[str, Tensor]]
+AtHead = Callable[[Tensor, Head], dict[str, Tensor]]
 
 
 def add_fused_head(model: Any) -> None:
@@ -34,7 +34,7 @@ def add_fused_head(model: Any) -> None:
     of experts that are asked for their router's logits). Without ``at_head`` nothing changes. Call
     it before DDP, FSDP or DeepSpeed wrap the model, and pass ``at_head`` to the wrapped one.
 
-    ``function`` takes (n, T, H) states, on the head's device, and an `LMHead`; it returns a
+    ``function`` takes (n, T, H) states, on the head's device, and an `Head`; it returns a
     dictionary of tensors. What it needs beside, labels for instance, it brings along. A model that
     has been taught is left as it is.
 
@@ -54,7 +54,7 @@ def add_fused_head(model: Any) -> None:
         >>> add_fused_head(model)
         >>> tokens = torch.randint(32, (2, 5))
         >>> def logps(states, head):
-        ...     found = fastpref.linear_logps(states[:, :-1], head.weight, tokens[:, 1:])
+        ...     found = fastpref.linear_logps(states[:, :-1], head, tokens[:, 1:])
         ...     return {"logps": found}
         >>> model(input_ids=tokens, at_head=logps)["logps"].shape
         torch.Size([2, 4])
