@@ -1,11 +1,10 @@
 """TVKD in a plain PyTorch loop: no trainer, and the loss in sight.
 
-python examples/smollm2.py     # once: writes the two models
-python examples/train_loop.py  # with the options below, for example --epochs 1
+python examples/smollm2.py && python examples/train_loop.py --epochs 1
 """
 
-import functools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.student)
-    collate = functools.partial(fastpref.collate_pairs, tokenizer=tokenizer)
+    collate = partial(fastpref.collate_pairs, tokenizer=tokenizer)
     pairs, held = [*read_rows(args.dataset)], args.test_size
     test_loader = DataLoader(pairs[:held], args.batch_size, collate_fn=collate)
     loader = DataLoader(pairs[held:], args.batch_size, shuffle=True, collate_fn=collate)
@@ -62,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             outs = [loss_of(batch) for batch in test_loader]
         margins = torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs])
-        accuracy = float((margins > 0).float().mean())
-        print({"epoch": epoch + 1, "margin": float(margins.mean()), "accuracy": accuracy})
+        accuracy = (margins > 0).float().mean()
+        print(f"epoch {epoch + 1}: margin {margins.mean():.3f}, accuracy {accuracy:.0%}")
     student.save_pretrained(args.output_dir)
 
 
