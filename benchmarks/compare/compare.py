@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # SimPO's trainer is there, and we know it
 
@@ -29,8 +29,10 @@ from summary import describe_run, plot, show, summarize
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, TrlParser
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.scripts.utils import TrlParser
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastpref import collate_pairs, linear_logps, sequence_rewards, sum_responses
 from fastpref.integrations.trl import (
@@ -119,7 +121,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing, then print and plot; returns what is in the file."""
-    (args,) = TrlParser(Arguments).parse_args_and_config(argv)
+    (args,) = TrlParser(cast(Any, Arguments)).parse_args_and_config(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.student)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train, held_out = load_pairs(
@@ -241,9 +243,7 @@ def runs_of_seed(
         return
     folder = sft_student(args, tokenizer, train, seed)
     parts = {"train": train.select(range(min(args.checked, len(train)))), "held_out": held_out}
-    start = partial(
-        load_student, folder, layers=None, freeze_embeddings=args.freeze_embeddings
-    )
+    start = partial(load_student, folder, layers=None, freeze_embeddings=args.freeze_embeddings)
     student = start()
     before = {name: measures(student, tokenizer, args, part) for name, part in parts.items()}
     for method in methods:

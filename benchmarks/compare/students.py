@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
 from trl.data_utils import maybe_extract_prompt
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from fastpref.teacher import read_rows
 
