@@ -239,3 +239,38 @@ def oracle_loss(
 ) -> Tensor:
     """The oracle's loss."""
     return (-logsigmoid(chosen_rewards - rejected_rewards) - sft_weight * chosen_logps).mean()
+
+
+def dpo(
+    logps: Tensor,  # (2B,)
+    ref_logps: Tensor,  # (2B,)
+    lengths: Tensor,  # (2B,)
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """DPO and cDPO, pair by pair."""
+    pairs = len(logps) // 2
+    losses = []
+    for w, l in zip(range(pairs), range(pairs, 2 * pairs), strict=True):  # noqa: E741  # the papers' names
+        d = beta * ((logps[w] - ref_logps[w]) - (logps[l] - ref_logps[l]))
+        losses.append(-(1 - label_smoothing) * logsigmoid(d) - label_smoothing * logsigmoid(-d))
+    return torch.stack(losses).mean()
+
+
+def ipo(
+    logps: Tensor,  # (2B,)
+    ref_logps: Tensor,  # (2B,)
+    lengths: Tensor,  # (2B,)
+    *,
+    beta: float = 0.1,
+    length_normalize: bool = True,
+) -> Tensor:
+    """IPO, pair by pair."""
+    ratios = [
+        (one - ref) / max(int(length), 1) if length_normalize else one - ref
+        for one, ref, length in zip(logps, ref_logps, lengths, strict=True)
+    ]
+    pairs = len(logps) // 2
+    losses = [(ratios[p] - ratios[pairs + p] - 1 / (2 * beta)) ** 2 for p in range(pairs)]
+    return torch.stack(losses).mean()

@@ -67,7 +67,7 @@ def pair_loss(
         count = responses.sequences() * (2 if first == "chosen" else 1)
         if not count or count % 2:
             refuse(first, "2B responses, chosen ones first and as many rejected after them", count)
-        check_annotated(options, given)
+        given = check_annotated(options, given)
         for name in tensors & given.keys():
             given[name] = _ready(name, given[name], responses.logps, count)
         if isinstance(responses, Tokens):
