@@ -1,7 +1,4 @@
-"""TVKD in a plain PyTorch loop: no trainer, and the loss in sight.
-
-python examples/smollm2.py && python examples/train_loop.py --epochs 1
-"""
+"""TVKD in a plain PyTorch loop. Run `python examples/smollm2.py` first: it writes both models."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +24,6 @@ class Arguments:
     beta: float = 0.01
     alpha: float = 0.7
     learning_rate: float = 1e-4
-    epochs: int = 2
     batch_size: int = 4
     output_dir: str = "examples/outputs/smollm2-loop"
 
@@ -43,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs, held = [*read_rows(args.dataset)], args.test_size
     test_loader = DataLoader(pairs[:held], args.batch_size, collate_fn=collate)
     loader = DataLoader(pairs[held:], args.batch_size, shuffle=True, collate_fn=collate)
+    student.get_input_embeddings().requires_grad_(False)  # SmolLM2's head is the same matrix
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate)
 
     def loss_of(batch: dict[str, torch.Tensor]) -> fastpref.LossOutput:
@@ -53,16 +50,19 @@ def main(argv: list[str] | None = None) -> None:
         states, head = head_states(student, **batch)[:, :-1], lm_head_of(student)
         return fastpref.tvkd_loss(states, head, labels, shaping, beta=args.beta, alpha=args.alpha)
 
-    for epoch in range(args.epochs):
-        for batch in loader:
-            loss_of(batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def evaluate(when: str) -> None:
         with torch.no_grad():
             outs = [loss_of(batch) for batch in test_loader]
         margins = torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs])
         accuracy = (margins > 0).float().mean()
-        print(f"epoch {epoch + 1}: margin {margins.mean():.3f}, accuracy {accuracy:.0%}")
+        print(f"{when} training: margin {margins.mean():.3f}, accuracy {accuracy:.0%}")
+
+    evaluate("before")
+    for batch in loader:
+        loss_of(batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    evaluate("after")
     student.save_pretrained(args.output_dir)
 
 

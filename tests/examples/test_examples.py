@@ -123,8 +123,9 @@ def test_loop(model, tmp_path, capsys):
     options = {"student": model, "teacher": model, "dataset": PAIRS, "output_dir": tmp_path}
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     train_loop.main([*given, "--learning_rate", "1e-2"])
-    first, second = capsys.readouterr().out.strip().splitlines()
-    assert first.startswith("epoch 1: margin") and second.startswith("epoch 2: margin")
+    before, after = capsys.readouterr().out.strip().splitlines()
+    assert before.startswith("before training: margin") and after.startswith("after training:")
+    assert before.split("margin")[1] != after.split("margin")[1]
     assert (tmp_path / "model.safetensors").is_file()
 
 
