@@ -89,6 +89,18 @@ def test_padding_on_the_left_gives_the_same_loss(kind, monkeypatch):
     assert run(student) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_three_layers_are_the_call():
+    page = (ROOT / "docs/how_it_works.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    hidden, weight, shaping = torch.randn(4, 6, 8), torch.randn(40, 8), torch.randn(4)
+    labels = torch.randint(40, (4, 6))
+    head = fastpref.Head(weight, softcap=5.0)
+    names = {"fastpref": fastpref, "hidden": hidden, "head": head, "labels": labels}
+    exec(code, names := names | {"shaping": shaping})
+    expected = fastpref.tvkd_loss(hidden, head, labels, shaping, beta=0.1)
+    torch.testing.assert_close(names["out"].loss, expected.loss)
+
+
 def test_one_page():
     assert len(README.splitlines()) <= 110
 
