@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from fastpref.data.tokens import TokenIds, TokenizedPair, tokenize_rows
 from fastpref.integrations.transformers import LMHead
 from fastpref.teacher import (
     action_rewards,
@@ -30,7 +31,6 @@ from fastpref.teacher import (
 )
 from fastpref.teacher.actions import ActionReward
 from fastpref.teacher.shaping import Potential
-from fastpref.teacher.tokens import TokenIds, TokenizedPair, tokenize_rows
 
 RESULTS = Path(__file__).with_name("results")
 SIDES = ("chosen", "rejected")

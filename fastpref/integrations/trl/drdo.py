@@ -10,6 +10,7 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref.checks import refuse
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.reward_head import load_reward_head, reward_head_of, rewards_at_head
 from fastpref.integrations.transformers import LMHead
 from fastpref.integrations.trl.base import default_output_dir
@@ -20,7 +21,6 @@ from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, ref
 from fastpref.integrations.trl.rewards import RewardHeadTrainer
 from fastpref.losses import drdo_loss
 from fastpref.sequences import labels_of_states
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 REWARDS = columns_of("reward")
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.transformers import LMHead
 from fastpref.integrations.trl.base import default_output_dir
 from fastpref.integrations.trl.metrics import summed
@@ -16,7 +17,6 @@ from fastpref.integrations.trl.rewards import RewardHeadTrainer
 from fastpref.losses import oracle_loss
 from fastpref.ops import linear_logps
 from fastpref.sequences import labels_of_states
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 @dataclass
