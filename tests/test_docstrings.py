@@ -7,6 +7,7 @@ import doctest
 import pytest
 import torch
 
+import fastpref.data
 import fastpref.parallel
 import fastpref.teacher
 from fastpref.integrations import fused_head, reward_head
@@ -16,6 +17,7 @@ FUNCTIONS = {
     name: getattr(module, name)
     for module, names in (
         (fastpref, fastpref.__all__),
+        (fastpref.data, fastpref.data.__all__),
         (fastpref.teacher, fastpref.teacher.__all__),
         (fastpref.parallel, fastpref.parallel.__all__),
         (heads, ["lm_head_of"]),
