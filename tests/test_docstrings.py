@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastpref
+import fastpref.data
 import fastpref.models
 import fastpref.teacher
 
@@ -17,6 +18,7 @@ FUNCTIONS = {
         (fastpref, fastpref.__all__),
         (fastpref.losses, fastpref.losses.METHODS),
         (fastpref.models, fastpref.models.__all__),
+        (fastpref.data, fastpref.data.__all__),
         (fastpref.teacher, fastpref.teacher.__all__),
     )
     for name in names

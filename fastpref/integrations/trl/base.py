@@ -14,13 +14,13 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fastpref.checks import refuse
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl.columns import CollatorWithColumns, columns_of, missing_columns
 from fastpref.integrations.trl.metrics import vocabulary_metrics
 from fastpref.integrations.trl.options import refuse_adapters
 from fastpref.models.fused_head import add_fused_head
 from fastpref.ops import Head, linear_logps
 from fastpref.sequences import labels_of_states, sequence_sum
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 class FusedPreferenceTrainer(DPOTrainer):

@@ -10,6 +10,7 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref.checks import refuse
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl.base import default_output_dir
 from fastpref.integrations.trl.columns import columns_of, missing_columns, stacked
 from fastpref.integrations.trl.frozen import load_frozen, require_same_tokens
@@ -20,7 +21,6 @@ from fastpref.linear_losses import drdo_loss
 from fastpref.models.reward_head import load_reward_head, reward_head_of, rewards_at_head
 from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 REWARDS = columns_of("reward")
 

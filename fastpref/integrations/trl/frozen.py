@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import refuse
+from fastpref.data.tokens import tokenizer_settings
 from fastpref.teacher import load_teacher
-from fastpref.teacher.tokens import tokenizer_settings
 
 
 def load_frozen(argument: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.ops import Head, linear_stats
 from fastpref.sequences import labels_of_states
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref import losses
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl.base import default_output_dir
 from fastpref.integrations.trl.metrics import summed
 from fastpref.integrations.trl.options import OF_OTHER_LOSSES, OF_REFERENCE, refuse_options
@@ -16,7 +17,6 @@ from fastpref.integrations.trl.rewards import RewardHeadTrainer
 from fastpref.ops import Head, linear_logps
 from fastpref.responses import sum_responses
 from fastpref.sequences import labels_of_states
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref.checks import check_choice, refuse
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl.base import (
     FusedPreferenceTrainer,
     default_output_dir,
@@ -25,7 +26,6 @@ from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
 from fastpref.teacher import BadRowsError, add_shaping, teacher_shaping
 from fastpref.teacher.shaping import Form, Potential, Terminal
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 SHAPING = columns_of("shaping")
 OF_TEACHER = ("potential", "value_temperature", "gamma", "terminal", "form", "precompute_shaping")
