@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 
 from fastpref.checks import check_choice, check_flag, check_number
 from fastpref.ops import Head, linear_stats
-from fastpref.ops.head import call_head
+from fastpref.ops.backend import statistics_dtype
+from fastpref.ops.linear_logps import call_head
 from fastpref.ops.linear_stats import Statistic
-from fastpref.ops.matmul import statistics_dtype
 from fastpref.sequences import (
     SPOILED,
     check_pairs,
@@ -127,15 +127,14 @@ def state_potentials(
     # The label 0 stands for any: all that counts is where the head is read.
     labels = torch.where(wanted, 0, -1)
     if potential == "value":  # which has kernels of its own
-        _, values = call_head(
+        return call_head(
             hidden,
             head,
             labels,
             temperature=temperature,
             ignore_index=-1,
             compact=compact,
-        )
-        return values
+        ).lse
     return linear_stats(
         hidden,
         head,
