@@ -71,7 +71,7 @@ def pair_loss(
         for name in tensors & given.keys():
             given[name] = _ready(name, given[name], responses.logps, count)
         if isinstance(responses, Tokens):
-            if _has_kernel(loss.__name__, responses, given, but=names[0]):
+            if _has_kernel(loss.__name__, responses, given, but=next(iter(names), "")):
                 from fastpref.losses.fused import FUSED
 
                 return FUSED[loss.__name__](responses, **{**defaults, **given})  # type: ignore[no-any-return]  # as the loss
