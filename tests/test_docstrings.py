@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import doctest
 
-import fastpref.parallel
 import pytest
 import torch
 
+import fastpref.parallel
 import fastpref.teacher
 from fastpref.integrations import fused_head, reward_head
 from fastpref.integrations import transformers as heads
