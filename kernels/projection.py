@@ -199,7 +199,7 @@ def tile_logits(
     """Columns of a tile and their logits, -inf past the vocabulary."""
     column = first_column + tl.arange(0, COLUMNS)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
+        bias = tl.load(bias_ptr + tl.minimum(column, vocab_size - 1))
         x += bias.to(tl.float32)[None, :]
     z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
     return column, tl.where((column < vocab_size)[None, :], z, -float("inf"))
