@@ -8,13 +8,14 @@ from torch import Tensor
 from .launch import projection_config, reads_through_descriptors
 from .logsumexp_persistent import persistent_logsumexp
 from .numerics import LOWEST, Transform
-from .online import fold_projection, store_split
 from .projection import (
+    fold_projection,
     label_logits,
     launch_projection,
     load_labels,
     project_tile,
     rows_of_program,
+    store_split,
 )
 
 

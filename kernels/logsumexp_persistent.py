@@ -15,8 +15,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import PERSISTENT_CONFIG, multiprocessors, on
 from .numerics import LOWEST, Transform, transform_arguments
-from .online import fold_projection, store_split
-from .projection import GROUP_ROWS, dot, label_logits, load_labels, row_block_and_split_of
+from .projection import (
+    GROUP_ROWS,
+    dot,
+    fold_projection,
+    label_logits,
+    load_labels,
+    row_block_and_split,
+    store_split,
+)
 
 MAX_SPLITS = 256
 
@@ -110,9 +117,7 @@ def _persistent_logsumexp_kernel(
     own_pieces = tl.cdiv(pieces - tl.program_id(0), tl.num_programs(0))
     steps = tl.cdiv(hidden_size, BLOCK_HIDDEN)
     step = steps - 1
-    row_block, split = row_block_and_split_of(
-        tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS
-    )
+    row_block, split = row_block_and_split(tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
     tile = split * tiles_per_split
     maximum = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     sum_exp = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -125,7 +130,7 @@ def _persistent_logsumexp_kernel(
         if step == 0:
             tile_of_program = index // steps
             piece = tl.program_id(0) + tile_of_program // tiles_per_split * tl.num_programs(0)
-            row_block, split = row_block_and_split_of(piece, n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
+            row_block, split = row_block_and_split(piece, n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
             tile = split * tiles_per_split + tile_of_program % tiles_per_split
         a = hidden.load([row_block * BLOCK_ROWS, step * BLOCK_HIDDEN])
         b = weight.load([tile * BLOCK_VOCAB, step * BLOCK_HIDDEN])

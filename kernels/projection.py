@@ -99,9 +99,7 @@ def launch_projection(
 
 
 @triton.jit
-def row_block_and_split_of(
-    piece, n_rows, splits, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):
+def row_block_and_split(piece, n_rows, splits, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Block of rows and split of a piece of work.
 
     Pieces that run together: GROUP_ROWS blocks of rows, and for these every split in turn.
@@ -128,9 +126,7 @@ def rows_of_program(
     Rows past the end are the last one: what comes of them is dropped later, and the loads in the
     inner loop need no mask.
     """
-    row_block, split = row_block_and_split_of(
-        tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS
-    )
+    row_block, split = row_block_and_split(tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_exists = row < n_rows
     row = tl.minimum(row, n_rows - 1)
@@ -203,7 +199,7 @@ def tile_logits(
     """Columns of a tile and their logits, -inf past the vocabulary."""
     column = first_column + tl.arange(0, COLUMNS)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
+        bias = tl.load(bias_ptr + tl.minimum(column, vocab_size - 1))
         x += bias.to(tl.float32)[None, :]
     z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
     return column, tl.where((column < vocab_size)[None, :], z, -float("inf"))
@@ -214,3 +210,65 @@ def load_labels(labels_ptr, row, vocab_size):
     """Labels of rows as 32-bit integers, which compare faster; -1, no column, for one outside."""
     label = tl.load(labels_ptr + row)
     return tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
+
+
+@triton.jit
+def fold_projection(
+    x,  # (ROWS, COLUMNS) float32 projections, without bias
+    first_column,  # of the tile
+    vocab_size,
+    bias_ptr,  # (V,) or None
+    label,  # (ROWS,) int32, -1 for none; not read without HAS_LABELS
+    maximum,  # (ROWS,) starts at LOWEST
+    sum_exp,  # (ROWS,) starts at 0, in units of exp(maximum)
+    target_logit,  # (ROWS,) starts at 0
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_LABELS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Fold the logits of one tile into maximum, sum and the label's logit.
+
+    Columns past the vocabulary do not count.
+    """
+    column, z = tile_logits(
+        x, first_column, vocab_size, bias_ptr, logit_scale, softcap, temperature,
+        HAS_SOFTCAP, COLUMNS,
+    )  # fmt: skip
+    if HAS_LABELS:
+        in_tile = (label >= first_column) & (label < first_column + COLUMNS)
+        if tl.max(in_tile.to(tl.int32), axis=0) == 1:
+            is_label = column[None, :] == label[:, None]
+            target_logit += tl.sum(tl.where(is_label, z, 0.0), axis=1)
+            z = tl.where(is_label, -float("inf"), z)
+    new_maximum = tl.maximum(maximum, tl.max(z, axis=1))
+    sum_exp *= tl.exp(maximum - new_maximum)
+    sum_exp += tl.sum(tl.exp(z - new_maximum[:, None]), axis=1)
+    return new_maximum, sum_exp, target_logit
+
+
+@triton.jit
+def store_split(
+    lse_ptr,  # (splits, n)
+    target_logit_ptr,  # (n,)
+    split,
+    row,  # (ROWS,)
+    row_exists,  # (ROWS,)
+    n_rows,
+    first_column,  # of the split
+    end_column,
+    label,  # (ROWS,) as for `fold_projection`, like the rest
+    maximum,
+    sum_exp,
+    target_logit,
+    HAS_LABELS: tl.constexpr,
+):
+    """Write what `fold_projection` made of one split; of labels only those that the split holds."""
+    lse = maximum + tl.log(sum_exp)
+    tl.store(lse_ptr + split.to(tl.int64) * n_rows + row, lse, mask=row_exists)
+    if HAS_LABELS:
+        # One split holds the label; nobody writes where none does.
+        holds_label = (label >= first_column) & (label < end_column)
+        tl.store(target_logit_ptr + row, target_logit, mask=row_exists & holds_label)

@@ -1,7 +1,5 @@
 """Numbers of every row of `hidden @ weight.T` from which all vocabulary statistics follow."""
 
-from typing import Protocol
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,22 +18,6 @@ from .projection import (
 MANY_ROWS = 4096
 
 
-class Sums(Protocol):
-    """Which numbers are wanted beside the maximum and the sum of the others' exponentials."""
-
-    @property
-    def second(self) -> bool:
-        """The second largest logit."""
-
-    @property
-    def shortfall(self) -> bool:
-        """The sum of `exp(z - maximum) * (maximum - z)`."""
-
-    @property
-    def squares(self) -> bool:
-        """The sum of the others' squared exponentials."""
-
-
 def projection_partials(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -43,20 +25,23 @@ def projection_partials(
     labels: Tensor | None,  # (n,) int64
     rows: Tensor | None,  # (n,) int64
     transform: Transform,
-    sums: Sums,
+    second: bool,
+    shortfall: bool,
+    squares: bool,
 ) -> tuple[Tensor, Tensor]:  # (5, splits, n) float32, (n,) float32
     """Compute five numbers of each split of the vocabulary, and the label's logit.
 
     `z = T(hidden[rows] @ weight.T + bias)`, `rows=None` is every row. With `top` the column of a
     split's largest logit, the numbers are in turn: `z[top]`; the largest of the others; the sums
-    over the others of `e = exp(z - z[top])`, of `e * (z[top] - z)` and of `e ** 2`. What `sums`
-    does not want is 0. Where all logits are -inf, so is `z[top]`, and the sums are 0. The label's
-    logit is NaN for a label outside `[0, V)`, and empty with `labels=None`.
+    over the others of `e = exp(z - z[top])`, of `e * (z[top] - z)` and of `e ** 2`. `second`,
+    `shortfall` and `squares` say whether the second, fourth and fifth are wanted; if not, they are
+    0. Where all logits are -inf, so is `z[top]`, and the sums are 0. The label's logit is NaN for a
+    label outside `[0, V)`, and empty with `labels=None`.
     """
     target_logit, parts = launch_projection(
         _projection_partials_kernel, hidden, weight, bias, labels, rows, transform,
         projection_config(hidden, weight, MANY_ROWS), numbers=5,
-        SECOND=sums.second, SHORTFALL=sums.shortfall, SQUARES=sums.squares,
+        SECOND=second, SHORTFALL=shortfall, SQUARES=squares,
     )  # fmt: skip
     return parts, target_logit
 

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from fastpref.ops.backend import jacobian_dtype, multiply, statistics_dtype, tile_functions
 from fastpref.ops.linear_stats_op import Partial, Sums, merge, partial_of_rows
-from fastpref.ops.operands import Logits, Operands, take
+from fastpref.ops.operands import Logits, Operands
 from fastpref.ops.tiling import TileCache, carve, tile_grid
 
 
@@ -49,8 +49,8 @@ class Running(NamedTuple):
         nothing, none = torch.zeros_like(rest), torch.full_like(rest, -torch.inf)
         others = Partial(torch.where(sum_exp > 0, maximum, none), none, rest, shortfall, nothing)
         label = Partial(target_logit, none, nothing, nothing, nothing)
-        both = Partial(*(torch.stack(one) for one in zip(others, label, strict=True)))
-        return found._replace(whole=merge(both))
+        whole = merge(Partial(*(torch.stack(one) for one in zip(others, label, strict=True))))
+        return found._replace(numbers=_numbers(whole, target_logit))
 
 
 class Statistics(NamedTuple):
@@ -58,8 +58,7 @@ class Statistics(NamedTuple):
 
     logps: Tensor  # (n,) log-probabilities of the labels, empty without labels
     lse: Tensor  # (n,) logsumexp of all logits
-    target_logit: Tensor  # (n,) the labels' logits; NaN for a label outside the vocabulary
-    whole: Partial | None = None  # numbers of all logits, where more statistics are wanted
+    numbers: Tensor | None = None  # (n, 3) entropy, the largest logit, the label's
 
     @classmethod
     def join(cls, target_logit: Tensor, lse_other: Tensor, labels: Tensor | None) -> Statistics:
@@ -69,15 +68,14 @@ class Statistics(NamedTuple):
         digits also where the model is certain.
         """
         if labels is None:
-            return cls(lse_other.new_empty(0), lse_other, target_logit)
-        lse = torch.logaddexp(target_logit, lse_other)
-        return cls(logsigmoid(target_logit - lse_other), lse, target_logit)
+            return cls(lse_other.new_empty(0), lse_other)
+        return cls(logsigmoid(target_logit - lse_other), torch.logaddexp(target_logit, lse_other))
 
-    def numbers(self) -> Tensor:
-        """(n, 3) entropy, NaN for a label outside the vocabulary, largest and label's logit."""
-        assert self.whole is not None
-        entropy = self.whole.entropy().masked_fill(self.target_logit.isnan(), torch.nan)
-        return torch.stack((entropy, self.whole.maximum, self.target_logit), dim=1)
+
+def _numbers(whole: Partial, target_logit: Tensor) -> Tensor:
+    """`Statistics.numbers`; the entropy is NaN beside a label outside the vocabulary."""
+    entropy = whole.entropy().masked_fill(target_logit.isnan(), torch.nan)
+    return torch.stack((entropy, whole.maximum, target_logit), dim=1)
 
 
 def statistics_by_kernel(operands: Operands, rows: Tensor | None, *, stats: bool) -> Statistics:
@@ -86,13 +84,11 @@ def statistics_by_kernel(operands: Operands, rows: Tensor | None, *, stats: bool
         sums = Sums(second=False, shortfall=True, squares=False)
         whole, target_logit = partial_of_rows(operands, rows, sums)
         logps = target_logit - whole.maximum - whole.others.log1p()
-        return Statistics(logps, whole.lse(), target_logit, whole)
+        return Statistics(logps, whole.lse(), _numbers(whole, target_logit))
     from fastpref.kernels.logsumexp import projection_logsumexp
 
-    hidden, weight, bias, labels = operands[:4]
-    labels = None if labels is None else take(labels, rows)
-    found = projection_logsumexp(hidden, weight, bias, labels, rows, operands.transform())
-    return Statistics.join(*found, labels)
+    found = projection_logsumexp(*operands.for_kernel(rows))
+    return Statistics.join(*found, operands.labels)
 
 
 def statistics(

@@ -38,8 +38,9 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     else:
         found = statistics(operands.logits(rows), cache=cache, stats=wants_stats)
 
-    logps, lse = found.logps, found.lse
-    stats = found.numbers() if wants_stats else lse.new_empty(0)
+    logps, lse, stats = found
+    if stats is None:
+        stats = lse.new_empty(0)
     if operands.labels is None:
         return logps, lse, jacobian, stats, cache
     if not operands.compact:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.ops.backend import statistics_dtype, uses_triton
-from fastpref.ops.operands import SCHEMA, Logits, Operands, spread, take
+from fastpref.ops.operands import SCHEMA, Logits, Operands, spread
 from fastpref.ops.tiling import tile_grid
 from fastpref.ops.torch_tiles import label_columns, largest
 
@@ -121,11 +121,7 @@ def partial_of_rows(operands: Operands, rows: Tensor | None, sums: Sums) -> tupl
         return _partial(operands.logits(rows), sums)
     from fastpref.kernels.statistics import projection_partials
 
-    hidden, weight, bias, labels = operands[:4]
-    labels = None if labels is None else take(labels, rows)
-    parts, target_logit = projection_partials(
-        hidden, weight, bias, labels, rows, operands.transform(), sums
-    )
+    parts, target_logit = projection_partials(*operands.for_kernel(rows), *sums)
     return merge(Partial(*parts)), target_logit
 
 

@@ -84,10 +84,21 @@ class Operands(NamedTuple):
         """How many ``rows`` are."""
         return self.hidden.shape[0] if rows is None else rows.numel()
 
+    def chosen_labels(self, rows: Tensor | None) -> Tensor | None:
+        """The labels of ``rows``."""
+        return None if self.labels is None else take(self.labels, rows)
+
     def logits(self, rows: Tensor | None) -> Logits:
         """The logits of ``rows``."""
-        labels = None if self.labels is None else take(self.labels, rows)
-        return Logits(take(self.hidden, rows), self.weight, self.bias, labels, self.transform())
+        labels, hidden = self.chosen_labels(rows), take(self.hidden, rows)
+        return Logits(hidden, self.weight, self.bias, labels, self.transform())
+
+    def for_kernel(
+        self, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, LogitTransform]:
+        """What a kernel takes that gathers ``rows`` by itself."""
+        labels = self.chosen_labels(rows)
+        return self.hidden, self.weight, self.bias, labels, rows, self.transform()
 
 
 def labelled_rows(

@@ -20,6 +20,7 @@ from fastpref import Head
 from fastpref.models.fused_head import add_fused_head
 
 WIDTH = 6
+ROWS = (slice(0, 9), slice(9, None))  # of the head, on each process
 OPTIONS = {
     "plain": {},
     "transformed": {"temperature": 1.7, "logit_scale": 0.8, "softcap": 3.0},
@@ -62,11 +63,15 @@ def of_logits(dtype, vocabulary, options, **kind):
     return numbers(logps, lse, coefficients, hidden, weight, bias)
 
 
-def logps_and_lse(hidden, head, labels, options):
+def with_stats(hidden, head, labels, options):
     options = dict(options)
     transform = {name: options.pop(name) for name in ("logit_scale", "softcap") if name in options}
     head = head._replace(**transform)
-    return fastpref.linear_logps_with_stats(hidden, head, labels, **options)[:2]
+    return fastpref.linear_logps_with_stats(hidden, head, labels, **options)
+
+
+def logps_and_lse(hidden, head, labels, options):
+    return with_stats(hidden, head, labels, options)[:2]
 
 
 def of_dtensors(mesh, placements, vocabulary, options, *, hidden_is_dtensor=False, **kind):
@@ -88,9 +93,8 @@ def of_dtensors(mesh, placements, vocabulary, options, *, hidden_is_dtensor=Fals
 def of_shards(rank, vocabulary, options, **kind):
     """As Megatron has it, but for sizes that differ."""
     hidden, *head, labels, coefficients = tensors(vocabulary, **kind)
-    rows = slice(0, 9) if rank == 0 else slice(9, None)
     weight, bias = (
-        None if one is None else one.detach()[rows].clone().requires_grad_(kind["trains"])
+        None if one is None else one.detach()[ROWS[rank]].clone().requires_grad_(kind["trains"])
         for one in head
     )
     head = Head(weight, bias, group=dist.group.WORLD)
@@ -193,6 +197,32 @@ def check_masked_shard(mesh):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
 
 
+def check_stats(rank, mesh):
+    """Entropy and top-1 of the whole vocabulary, also where one shard is masked or certain."""
+    for name, options in OPTIONS.items():
+        for peak in (0, 30, 60):
+            ignored = options.get("ignore_index", -100)
+            kind = {"trains": False, "has_bias": True, "ignored": ignored}
+            hidden, weight, bias, labels, _ = tensors(17, **kind)
+            bias[labels[1, 1]] += peak
+            if name == "plain":
+                bias[9:] = -torch.inf
+                labels = labels.clamp_max(8)
+            plain = with_stats(hidden, Head(weight, bias), labels, options)
+            exact = [one.double() for one in (hidden, weight, bias)]
+            exact = with_stats(exact[0], Head(*exact[1:]), labels, options)
+            sharded = Head(*(distribute_tensor(one, mesh, [Shard(0)]) for one in (weight, bias)))
+            own = Head(weight[ROWS[rank]], bias[ROWS[rank]], group=dist.group.WORLD)
+            for head in (sharded, own):
+                found = with_stats(hidden, head, labels, options)
+                assert_no_worse(found.entropy, plain.entropy, exact.entropy, torch.float32)
+                assert torch.equal(found.is_top1, exact.is_top1)
+                assert found.is_top1.any() or not peak
+                assert not found.is_top1[labels == ignored].any()
+    found = with_stats(hidden, own, labels + 17, {"compact": False})
+    assert found.entropy.isnan().all() and not found.is_top1.any()
+
+
 def check_refusals(mesh, unnamed):
     hidden, weight, bias, labels, _ = tensors(17, trains=False, has_bias=True)
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
@@ -264,5 +294,6 @@ with processes() as (rank, world):
     check_without_any_label(mesh)
     check_traffic(mesh)
     check_masked_shard(mesh)
+    check_stats(rank, mesh)
     check_refusals(mesh, unnamed)
     check_transformers(Path(sys.argv[1]), rank)

@@ -56,7 +56,7 @@ def check(
         patch.setattr(projection, "PROGRAMS", 1)
         patch.setattr(projection, "MIN_SPLITS", splits)
         parts, target = projection_partials(
-            hidden, weight, bias, labels, rows, transform, EVERYTHING
+            hidden, weight, bias, labels, rows, transform, *EVERYTHING
         )
     assert parts.shape[1] <= splits
 
@@ -154,7 +154,7 @@ def test_equal_logits_and_logits_far_apart(splits: int) -> None:
             weight.zero_()[columns] = value
             check(hidden, weight, None, labels, None, splits=splits)
             parts, _ = projection_partials(
-                hidden, weight, None, None, None, Transform(), EVERYTHING
+                hidden, weight, None, None, None, Transform(), *EVERYTHING
             )
             found, exact = merge(Partial(*parts)), numbers(hidden.double() @ weight.double().T)
             for one, other in zip(found, exact, strict=True):
@@ -163,10 +163,10 @@ def test_equal_logits_and_logits_far_apart(splits: int) -> None:
 
 def test_what_is_not_wanted_is_not_computed() -> None:
     hidden, weight = randn(0, 70, 8), randn(1, 300, 8)
-    whole, _ = projection_partials(hidden, weight, None, None, None, Transform(), EVERYTHING)
+    whole, _ = projection_partials(hidden, weight, None, None, None, Transform(), *EVERYTHING)
     for wanted in range(3):
         sums = Sums(*(wanted == flag for flag in range(3)))
-        parts, _ = projection_partials(hidden, weight, None, None, None, Transform(), sums)
+        parts, _ = projection_partials(hidden, weight, None, None, None, Transform(), *sums)
         written = {0, 2, (1, 3, 4)[wanted]}
         for number in range(5):
             expected = whole[number] if number in written else torch.zeros_like(whole[number])
@@ -176,7 +176,9 @@ def test_what_is_not_wanted_is_not_computed() -> None:
 def test_labels_outside_the_vocabulary() -> None:
     labels = torch.tensor([-100, -1, 5, 7, 128, 2**32 + 1, 4], device=DEVICE)
     hidden, weight = randn(0, 7, 8), randn(1, 5, 8)
-    parts, target = projection_partials(hidden, weight, None, labels, None, Transform(), EVERYTHING)
+    parts, target = projection_partials(
+        hidden, weight, None, labels, None, Transform(), *EVERYTHING
+    )
     assert target.isnan().tolist() == [True] * 6 + [False]
     assert parts.isfinite().all()
 

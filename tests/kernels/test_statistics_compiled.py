@@ -32,7 +32,7 @@ def statistics_of(dtype: torch.dtype, variant: str, sums: Sums) -> None:
         None if plain else positions,
         None if plain else positions,
         Transform(softcap=None if plain else 30.0),
-        sums,
+        *sums,
     )
 
 

@@ -22,7 +22,12 @@ PASS = 2 * ROWS * WIDTH * VOCAB
 
 
 def train_step(
-    rows: int = ROWS, *, trained: bool, scratch_bytes: int = 0, ignored: int = 0
+    rows: int = ROWS,
+    *,
+    trained: bool,
+    scratch_bytes: int = 0,
+    ignored: int = 0,
+    stats: bool = False,
 ) -> Callable[[], None]:
     hidden = torch.randn(rows, WIDTH, requires_grad=True)
     weight = torch.randn(VOCAB, WIDTH, requires_grad=trained)
@@ -30,7 +35,14 @@ def train_step(
     labels[:ignored] = -100
 
     def run() -> None:
-        fastpref.linear_logps(hidden, weight, labels, scratch_bytes=scratch_bytes).sum().backward()
+        if stats:
+            found = fastpref.linear_logps_with_stats(
+                hidden, weight, labels, scratch_bytes=scratch_bytes
+            )
+            found.logps.sum().backward()
+        else:
+            logps = fastpref.linear_logps(hidden, weight, labels, scratch_bytes=scratch_bytes)
+            logps.sum().backward()
 
     return run
 
@@ -50,6 +62,7 @@ def test_no_gradient_takes_one():
     with torch.no_grad():
         assert flops_of(lambda: fastpref.linear_logps(hidden, weight, labels)) == PASS
         assert flops_of(lambda: fastpref.linear_logsumexp(hidden, weight)) == PASS
+        assert flops_of(lambda: fastpref.linear_logps_with_stats(hidden, weight, labels)) == PASS
         stats = list(FORMULAS)
         assert flops_of(lambda: fastpref.linear_stats(hidden, weight, labels, stats=stats)) == PASS
         labels[: ROWS // 2] = -100
@@ -74,6 +87,22 @@ def test_statistics_never_hold_the_logits(monkeypatch):
     assert large - small < 3 * ROWS * 4 * 50
 
 
+@pytest.mark.parametrize(
+    ("passes", "options"),
+    [
+        (2, {"trained": False}),
+        (4, {"trained": True}),
+        (3, {"trained": True, "scratch_bytes": 5 * ROWS * VOCAB}),
+    ],
+)
+def test_stats_take_no_product_more_and_one_tile(passes, options, monkeypatch):
+    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 2**19)
+    with_stats = train_step(stats=True, **options)
+    assert flops_of(with_stats) == passes * PASS
+    more = peak_bytes_of(with_stats) - peak_bytes_of(train_step(**options))
+    assert more <= 2**19 + 4 * ROWS * (128 + 40)  # of each row 128 logits and a few numbers
+
+
 def test_a_gradient_of_the_logsumexp_takes_two_more():
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
     weight, labels = torch.randn(VOCAB, WIDTH), torch.randint(0, VOCAB, (ROWS,))
@@ -90,13 +119,14 @@ def test_ignored_rows_cost_nothing():
     assert flops_of(train_step(trained=False, ignored=ROWS // 2)) == PASS
 
 
+@pytest.mark.parametrize("ignored", [0, 8])
 @pytest.mark.parametrize("trained", [False, True])
-def test_memory_is_far_below_the_logits_and_flat(trained, monkeypatch):
+def test_memory_is_far_below_the_logits_and_flat(trained, ignored, monkeypatch):
     monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 2**19)
 
     def beyond_gradients(rows: int) -> int:
         gradients = 4 * WIDTH * (rows + (VOCAB if trained else 0))
-        return peak_bytes_of(train_step(rows, trained=trained)) - gradients
+        return peak_bytes_of(train_step(rows, trained=trained, ignored=ignored)) - gradients
 
     small, large = beyond_gradients(ROWS), beyond_gradients(4 * ROWS)
     assert large < 4 * (4 * ROWS) * VOCAB / 20
