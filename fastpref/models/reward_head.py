@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref.checks import refuse
@@ -77,6 +76,8 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
         ...     load_reward_head(model, folder)
         ...     return model
     """
+    from safetensors.torch import load_file
+
     file = Path(folder) / FILE
     if not file.is_file():
         refuse(
@@ -95,6 +96,8 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
 
 def save_reward_head(state_dict: dict[str, Tensor], folder: str | Path) -> None:
     """Write the reward head that `take_reward_head` took to its own file."""
+    from safetensors.torch import save_file
+
     save_file({name: value.contiguous() for name, value in state_dict.items()}, Path(folder) / FILE)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import refuse
-from fastpref.models.lm_head import check_head, head_states, lm_head_of
+from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.model import model_settings
@@ -209,11 +209,11 @@ def read_states(
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":  # off-loaded: its hooks move what it reads
         device = torch.device("cpu")
-    states, logits = head_states(
-        model, input_ids=tokens.to(device), attention_mask=attention.to(device)
+    states, outputs = run_to_head(
+        model, model, input_ids=tokens.to(device), attention_mask=attention.to(device)
     )
     if check:
-        check_head(head, states, logits)
+        check_head(head, states, outputs.logits)
     return states.to(head.weight.device), labels.to(head.weight.device)
 
 
