@@ -29,6 +29,7 @@ from fastpref.teacher.store import (
     FinishedBatches,
     check_settings,
     read_settings,
+    shaping_feature,
     to_float32,
     write_dataset,
 )
@@ -151,7 +152,7 @@ def add_shaping(
         finished.save(number, {name: to_float32(values) for name, values in results.items()})
     state.wait_for_everyone()
     if state.is_main_process:
-        found = _add_columns(rows, batches, finished, per_token)
+        found = _add_columns(rows, batches, finished, per_token, max_length)
         write_dataset(found, output, settings, finished.folder)
         FinishedBatches.discard(output)
     state.wait_for_everyone()
@@ -295,7 +296,11 @@ def _with_progress(
 
 
 def _add_columns(
-    rows: Any, batches: list[list[TokenizedPair]], finished: FinishedBatches, per_token: bool
+    rows: Any,
+    batches: list[list[TokenizedPair]],
+    finished: FinishedBatches,
+    per_token: bool,
+    max_length: int | None,
 ) -> datasets.Dataset:
     """The rows of all batches in their first order, with the columns that were computed."""
     import datasets
@@ -321,8 +326,9 @@ def _add_columns(
         else datasets.Dataset.from_list([rows[index] for index in kept])
     )
     for column in found[kept[0]]:
-        kind = datasets.Value("float32")
-        feature = datasets.List(kind) if column.endswith("values") else kind
+        is_shaping = column.endswith("_shaping")
+        values_feature = datasets.List(datasets.Value("float32"))
+        feature = shaping_feature(max_length) if is_shaping else values_feature
         numbers = [found[index][column] for index in kept]
         if column in dataset.column_names:
             dataset = dataset.remove_columns(column)
