@@ -83,15 +83,17 @@ def check_options(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
     check_annotated(options_of(loss), options)
 
 
-def check_annotated(annotations: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Hold ``values`` to the annotations that `options_of` gives."""
+def check_annotated(annotations: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Hold ``values`` to the annotations that `options_of` gives; numbers become floats."""
+    checked = dict(values)
     for name, annotation in annotations.items():
         if name not in values:
             continue
         if annotation is bool:
             check_flag(name, values[name])
         else:
-            check_number(name, values[name], **get_args(annotation)[1]._asdict())
+            checked[name] = check_number(name, values[name], **get_args(annotation)[1]._asdict())
+    return checked
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -9,7 +9,7 @@ from fastpref.checks import check_labels
 from fastpref.losses.drdo import DRDOOutput
 from fastpref.losses.pairs import LossOutput
 from fastpref.ops import Head, linear_logps
-from fastpref.responses import Responses, check_token_weights, masked_sums
+from fastpref.responses import Tokens, check_token_weights
 from fastpref.sequences import check_pairs
 
 
@@ -76,12 +76,12 @@ def tvkd_loss(
         >>> hidden.grad.shape, out.chosen_logps.shape
         (torch.Size([2, 3, 8]), torch.Size([1]))
     """
-    responses = _responses(
+    tokens = _tokens(
         hidden, head, labels, cu_seqlens, token_weights,
         temperature, ignore_index, compact, scratch_bytes,
     )  # fmt: skip
     return losses.tvkd(
-        responses,
+        tokens,
         shaping,
         beta=beta,
         alpha=alpha,
@@ -150,11 +150,11 @@ def drdo_loss(
         >>> rewards.grad
         tensor([-4.,  4.])
     """
-    responses = _responses(
+    tokens = _tokens(
         hidden, head, labels, cu_seqlens, None, temperature, ignore_index, compact, scratch_bytes
     )
     return losses.drdo(
-        responses,
+        tokens,
         student_rewards,
         oracle_rewards,
         alpha=alpha,
@@ -164,7 +164,7 @@ def drdo_loss(
     )
 
 
-def _responses(
+def _tokens(
     hidden: Tensor,
     head: Head | Tensor,
     labels: Tensor,
@@ -174,7 +174,7 @@ def _responses(
     ignore_index: int,
     compact: bool,
     scratch_bytes: int,
-) -> Responses:
+) -> Tokens:
     check_labels(labels, hidden)
     labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
     check_token_weights(token_weights, labels)
@@ -182,4 +182,4 @@ def _responses(
         hidden, head, labels, temperature=temperature, ignore_index=ignore_index,
         compact=compact, scratch_bytes=scratch_bytes,
     )  # fmt: skip
-    return masked_sums(logps, labels != ignore_index, cu_seqlens, token_weights)
+    return Tokens(logps, labels != ignore_index, cu_seqlens, token_weights)

@@ -1,7 +1,7 @@
 """Every formula once more in the most naive way, with full logits, for tests and benchmarks.
 
 Everything runs in whatever precision it is given, follows autograd, and takes padded tensors only:
-hidden (2B, T, H), weight (V, H), labels (2B, T). Nothing here is imported by the library.
+hidden (2B, T, H), a head (V, H), labels (2B, T). Nothing here is imported by the library.
 """
 
 from __future__ import annotations
@@ -10,60 +10,51 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpref.ops.head import Head
 
-def logits(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
+
+def logits(hidden: Tensor, head: Head | Tensor, *, temperature: float = 1.0) -> Tensor:
     """The head's logits (..., V)."""
-    z = hidden @ weight.T
-    if bias is not None:
-        z = z + bias
-    z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    head = Head(head) if isinstance(head, Tensor) else head
+    z = hidden @ head.weight.T
+    if head.bias is not None:
+        z = z + head.bias
+    z = z * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
     return z / temperature
 
 
 def linear_logps(
     hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    **head: object,
-) -> Tensor:
-    """Log-probabilities (...) of the labels, 0 where ignored."""
-    mask = labels != ignore_index
-    log_softmax = logits(hidden, weight, **head).log_softmax(-1)  # type: ignore[arg-type]
-    chosen = log_softmax.gather(-1, torch.where(mask, labels, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(mask, chosen, 0)
-
-
-def linear_logsumexp(
-    hidden: Tensor, weight: Tensor, *, temperature: float = 1.0, **head: object
-) -> Tensor:
-    """Soft values (...): ``temperature * logsumexp(z / temperature)``."""
-    z = logits(hidden, weight, temperature=temperature, **head)  # type: ignore[arg-type]
-    return temperature * z.logsumexp(-1)
-
-
-def linear_stats(
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
-    **head: object,
+) -> Tensor:
+    """Log-probabilities (...) of the labels, 0 where ignored."""
+    mask = labels != ignore_index
+    log_softmax = logits(hidden, head, temperature=temperature).log_softmax(-1)
+    chosen = log_softmax.gather(-1, torch.where(mask, labels, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(mask, chosen, 0)
+
+
+def linear_logsumexp(hidden: Tensor, head: Head | Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Soft values (...): ``temperature * logsumexp(z / temperature)``."""
+    return temperature * logits(hidden, head, temperature=temperature).logsumexp(-1)
+
+
+def linear_stats(
+    hidden: Tensor,
+    head: Head | Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
 ) -> dict[str, Tensor]:
     """Every statistic (...) of the vocabulary, 0 (False) where ignored."""
-    q = logits(hidden, weight, **head)  # type: ignore[arg-type]
+    q = logits(hidden, head)
     log_p = (q / temperature).log_softmax(-1)
     p = log_p.exp()
     mask = labels != ignore_index
@@ -111,7 +102,7 @@ def shaping_from_values(
 
 def teacher_shaping(
     hidden: Tensor,  # (2B, T + 1, H)
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,  # (2B, T)
     *,
     gamma: float = 1.0,
@@ -119,11 +110,11 @@ def teacher_shaping(
     form: str = "difference",
     potential: str = "value",
     ignore_index: int = -100,
-    **head: object,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Shaping (2B,) from the potentials of all states."""
     no_labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    stats = linear_stats(hidden, weight, no_labels, **head)  # type: ignore[arg-type]
+    stats = linear_stats(hidden, head, no_labels, temperature=temperature)
     values = {
         "value": stats["logsumexp"],
         "max": stats["max_prob"],
@@ -137,21 +128,23 @@ def teacher_shaping(
 
 def action_rewards(
     hidden: Tensor,  # (2B, T + 1, H)
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,  # (2B, T)
     *,
     reward: str,
     ignore_index: int = -100,
-    **head: object,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Sum (2B,) of the logits or log-probabilities of all labels."""
-    stats = linear_stats(hidden[:, :-1], weight, labels, ignore_index=ignore_index, **head)  # type: ignore[arg-type]
+    stats = linear_stats(
+        hidden[:, :-1], head, labels, temperature=temperature, ignore_index=ignore_index
+    )
     return stats[{"logit": "target_logit", "logp": "target_logp"}[reward]].sum(-1)
 
 
 def tvkd_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,
     shaping: Tensor,
     *,
@@ -163,10 +156,10 @@ def tvkd_loss(
     token_weights: Tensor | None = None,
     sft_weight: float = 0.0,
     ignore_index: int = -100,
-    **head: object,
+    temperature: float = 1.0,
 ) -> Tensor:
     """The TVKD loss, pair by pair."""
-    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head)
+    logps = linear_logps(hidden, head, labels, temperature=temperature, ignore_index=ignore_index)
     mask = labels != ignore_index
     m = []
     for s in range(len(labels)):
@@ -208,7 +201,7 @@ def sequence_rewards(
 
 def drdo_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     labels: Tensor,
     student_rewards: Tensor,
     oracle_rewards: Tensor,
@@ -218,10 +211,10 @@ def drdo_loss(
     length_normalize: bool = False,
     detach_focal: bool = False,
     ignore_index: int = -100,
-    **head: object,
+    temperature: float = 1.0,
 ) -> Tensor:
     """The DRDO loss, pair by pair."""
-    logps = linear_logps(hidden, weight, labels, ignore_index=ignore_index, **head)
+    logps = linear_logps(hidden, head, labels, temperature=temperature, ignore_index=ignore_index)
     mask = labels != ignore_index
     z = []
     for s in range(len(labels)):
@@ -246,3 +239,38 @@ def oracle_loss(
 ) -> Tensor:
     """The oracle's loss."""
     return (-logsigmoid(chosen_rewards - rejected_rewards) - sft_weight * chosen_logps).mean()
+
+
+def dpo(
+    logps: Tensor,  # (2B,)
+    ref_logps: Tensor,  # (2B,)
+    lengths: Tensor,  # (2B,)
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """DPO and cDPO, pair by pair."""
+    pairs = len(logps) // 2
+    losses = []
+    for w, l in zip(range(pairs), range(pairs, 2 * pairs), strict=True):  # noqa: E741  # the papers' names
+        d = beta * ((logps[w] - ref_logps[w]) - (logps[l] - ref_logps[l]))
+        losses.append(-(1 - label_smoothing) * logsigmoid(d) - label_smoothing * logsigmoid(-d))
+    return torch.stack(losses).mean()
+
+
+def ipo(
+    logps: Tensor,  # (2B,)
+    ref_logps: Tensor,  # (2B,)
+    lengths: Tensor,  # (2B,)
+    *,
+    beta: float = 0.1,
+    length_normalize: bool = True,
+) -> Tensor:
+    """IPO, pair by pair."""
+    ratios = [
+        (one - ref) / max(int(length), 1) if length_normalize else one - ref
+        for one, ref, length in zip(logps, ref_logps, lengths, strict=True)
+    ]
+    pairs = len(logps) // 2
+    losses = [(ratios[p] - ratios[pairs + p] - 1 / (2 * beta)) ** 2 for p in range(pairs)]
+    return torch.stack(losses).mean()

@@ -18,6 +18,10 @@ class Responses(NamedTuple):
     lengths: Tensor  # (S,) int64, number of response tokens
     unweighted_logps: Tensor | None = None  # (S,) where tokens have weights: the sums without
 
+    def sequences(self) -> int:
+        """The number of responses S."""
+        return self.logps.shape[0]
+
     def per_token(self, values: Tensor) -> Tensor:
         """``values`` (S,) divided by the lengths; a response without tokens counts as one."""
         return values / self.lengths.clamp_min(1)
@@ -30,6 +34,31 @@ class Responses(NamedTuple):
         """Mean negative log-probability of all tokens of the chosen half, ()."""
         (chosen, _), (lengths, _) = self.likelihoods().chunk(2), self.lengths.chunk(2)
         return -chosen.sum() / lengths.sum().clamp_min(1)
+
+
+class Tokens(NamedTuple):
+    """Log-probabilities that are yet to be summed, of arguments that were checked."""
+
+    logps: Tensor  # (S, T) or packed (N,)
+    mask: Tensor  # (S, T) or (N,) bool: which of them belong to a response
+    cu_seqlens: Tensor | None  # (S + 1,) boundaries of packed sequences
+    token_weights: Tensor | None  # (S, T) or (N,)
+
+    def sequences(self) -> int:
+        """The number of sequences S."""
+        rows = self.mask if self.cu_seqlens is None else self.cu_seqlens[1:]
+        return rows.shape[0]
+
+    def sums(self) -> Responses:
+        """What `sum_responses` returns."""
+        lengths = sequence_sum(self.mask.to(torch.int64), self.cu_seqlens)
+        logps = torch.where(self.mask, self.logps, 0)
+        sums = sequence_sum(logps, self.cu_seqlens)
+        if self.token_weights is None:
+            return Responses(sums, lengths)
+        # Masks the weights, not the products: an ignored token's NaN would be in the gradients.
+        weights = torch.where(self.mask, self.token_weights.to(logps.dtype), 0)
+        return Responses(sequence_sum(weights * logps, self.cu_seqlens), lengths, sums)
 
 
 def sum_responses(
@@ -74,28 +103,9 @@ def sum_responses(
     check_shape("logps", logps, labels.shape, "like labels")
     check_device("logps", logps, "labels", labels)
     check_token_weights(token_weights, labels)
-    spoiled = None if compact or cu_seqlens is None else (labels == SPOILED).any()
-    mask = labels != ignore_index
-    if spoiled is not None:
-        logps = logps.masked_fill(spoiled, torch.nan)
-    return masked_sums(logps, mask, cu_seqlens, token_weights)
-
-
-def masked_sums(
-    logps: Tensor,  # (S, T) or (N,)
-    mask: Tensor,  # (S, T) or (N,) bool
-    cu_seqlens: Tensor | None,  # (S + 1,)
-    token_weights: Tensor | None,  # (S, T) or (N,)
-) -> Responses:
-    """`sum_responses` of arguments that were checked."""
-    lengths = sequence_sum(mask.to(torch.int64), cu_seqlens)
-    logps = torch.where(mask, logps, 0)
-    sums = sequence_sum(logps, cu_seqlens)
-    if token_weights is None:
-        return Responses(sums, lengths)
-    # Masks the weights, not the products: an ignored token's NaN would be in the gradients.
-    weights = torch.where(mask, token_weights.to(logps.dtype), 0)
-    return Responses(sequence_sum(weights * logps, cu_seqlens), lengths, sums)
+    if not compact and cu_seqlens is not None:
+        logps = logps.masked_fill((labels == SPOILED).any(), torch.nan)
+    return Tokens(logps, labels != ignore_index, cu_seqlens, token_weights).sums()
 
 
 def check_token_weights(token_weights: Tensor | None, labels: Tensor) -> None:

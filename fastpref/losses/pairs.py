@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast, get_type_hints
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -18,7 +18,8 @@ from fastpref.checks import (
     options_of,
     refuse,
 )
-from fastpref.responses import Responses
+from fastpref.ops.backend import uses_triton
+from fastpref.responses import Responses, Tokens
 
 # Every method by its name; `pair_loss` adds them.
 METHODS: dict[str, Callable[..., Any]] = {}
@@ -37,50 +38,66 @@ class LossOutput(NamedTuple):
     nll_loss: Tensor  # () mean negative log-probability of the chosen tokens, nats
 
 
-def pair_loss(loss: Callable[Parameters, Output]) -> Callable[Parameters, Output]:
+def pair_loss(
+    loss: Callable[Concatenate[Responses, Parameters], Output],
+) -> Callable[Concatenate[Responses | Tokens, Parameters], Output]:
     """Make a function a method: it is registered by its name, and its arguments are checked.
 
     Its first argument is `Responses`, of all 2B responses or, called ``chosen``, of the chosen
     ones alone. Tensors are (2B,) and cast to its dtype; numbers and flags are held to their
-    annotations.
+    annotations. Tokens that are yet to be summed do as well: where Triton runs and the method has
+    a pair kernel, that sums them.
     """
-    names = tuple(inspect.signature(loss).parameters)
-    options = options_of(loss)
+    parameters = inspect.signature(loss).parameters
+    first, *names = parameters
     hints = get_type_hints(loss)
     tensors = {name for name in names if hints[name] in (Tensor, Tensor | None)}
+    options = options_of(loss)
+    defaults = {name: parameters[name].default for name in (*options, *tensors)}
 
     @functools.wraps(loss)
-    def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Output:
+    def call(
+        responses: Responses | Tokens, /, *arguments: Parameters.args, **named: Parameters.kwargs
+    ) -> Output:
         given: dict[str, Any] = {**dict(zip(names, arguments, strict=False)), **named}
-        check_annotated(options, given)
-        logps, sequences = _check_responses(names[0], given.get(names[0]))
+        if len(given) < len(arguments) + len(named):  # too many, or one twice: Python says so
+            return loss(cast(Responses, responses), *arguments, **named)
+        if not isinstance(responses, Responses | Tokens):
+            refuse(first, "Responses, from sum_responses", type(responses).__name__)
+        count = responses.sequences() * (2 if first == "chosen" else 1)
+        if not count or count % 2:
+            refuse(first, "2B responses, chosen ones first and as many rejected after them", count)
+        given = check_annotated(options, given)
+        for name in tensors & given.keys():
+            given[name] = _ready(name, given[name], responses.logps, count)
+        if isinstance(responses, Tokens):
+            if _has_kernel(loss.__name__, responses, given, but=names[0]):
+                from fastpref.losses.fused import FUSED
 
-        def ready(name: str, value: Any) -> Any:
-            if name not in tensors or value is None:
-                return value
-            check_floating(name, value)
-            check_shape(name, value, (sequences,), "(2B,), one number per response")
-            check_device(name, value, names[0], logps)
-            return value.to(logps.dtype)
-
-        positional = [ready(name, value) for name, value in zip(names, arguments, strict=False)]
-        positional += arguments[len(names) :]  # one too many, which the loss refuses itself
-        return loss(*positional, **{name: ready(name, value) for name, value in named.items()})
+                return FUSED[loss.__name__](responses, **{**defaults, **given})  # type: ignore[no-any-return]  # as the loss
+            responses = responses.sums()
+        return cast(Callable[..., Output], loss)(responses, **given)
 
     METHODS[loss.__name__] = call
     return call
 
 
-def _check_responses(name: str, responses: Any) -> tuple[Tensor, int]:
-    """The log-probabilities of `Responses`, and the number of responses of all pairs, 2B."""
-    if not isinstance(responses, Responses):
-        refuse(name, "Responses, from sum_responses", type(responses).__name__)
-    (count,) = responses.logps.shape
-    if name == "chosen":
-        count *= 2
-    if not count or count % 2:
-        refuse(name, "2B responses, chosen ones first and as many rejected after them", count)
-    return responses.logps, count
+def _ready(name: str, values: Any, logps: Tensor, count: int) -> Tensor | None:
+    """One number per response, in the dtype of the log-probabilities."""
+    if values is None:
+        return None
+    check_floating(name, values)
+    check_shape(name, values, (count,), "(2B,), one number per response")
+    check_device(name, values, "labels", logps)
+    return cast(Tensor, values).to(logps.dtype)
+
+
+def _has_kernel(method: str, tokens: Tokens, given: dict[str, Any], *, but: str) -> bool:
+    """Whether a Triton kernel serves a call: it has no gradients of tensors ``but`` of one."""
+    if method not in ("drdo", "tvkd") or not uses_triton(tokens.logps):
+        return False
+    constants = [tokens.token_weights, *(value for name, value in given.items() if name != but)]
+    return not any(isinstance(one, Tensor) and one.requires_grad for one in constants)
 
 
 def pair_output(

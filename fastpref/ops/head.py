@@ -95,7 +95,7 @@ def call_head(
             ready.hidden, ready.weight, ready.bias, row_labels, ready.shard, ready.transform,
             ignore_index, compact, scratch_bytes,
         )  # fmt: skip
-    values = lse.view(shape) if temperature == 1 else lse.view(shape) * temperature
+    values = lse.view(shape) if temperature == 1 else lse.view(shape) * ready.transform.temperature
     return logps if labels is None else logps.view(shape), values
 
 
@@ -144,6 +144,17 @@ def as_head(head: Head | Tensor) -> Head:
     if not isinstance(head, Head):
         refuse("head", "a Head or a tensor (V, H), its weight", type(head).__name__)
     return head
+
+
+def vocabulary_size(head: Head | Tensor) -> int:
+    """The number of tokens, of all processes where they share the head."""
+    weight, _, _, _, group = as_head(head)
+    check_floating("weight", weight)
+    if group is None:
+        return weight.shape[0]
+    from fastpref.ops.vocab_shard import shard_of_group
+
+    return shard_of_group(weight, weight, None, group).total
 
 
 def _is_distributed(*tensors: Tensor | None) -> bool:

@@ -242,9 +242,10 @@ def shape_batch(
     values = state_potentials(
         states,
         head,
-        in_response,
+        torch.where(in_response, 0, IGNORE_INDEX),
         potential=options.potential,
         temperature=options.temperature,
+        ignore_index=IGNORE_INDEX,
     )
     shaping = shaping_from_values(
         values, labels, gamma=options.gamma, terminal=options.terminal, form=options.form

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +10,10 @@ from torch.nn.functional import pad
 
 from fastpref.checks import check_choice, check_flag, check_number
 from fastpref.ops import Head, linear_stats
-from fastpref.ops.head import call_head
+from fastpref.ops.head import call_head, vocabulary_size
 from fastpref.ops.linear_stats import Statistic
 from fastpref.ops.matmul import statistics_dtype
 from fastpref.sequences import (
-    SPOILED,
     check_pairs,
     check_states,
     labels_of_states,
@@ -77,7 +76,7 @@ def teacher_shaping(
         ignore_index: The label of positions outside the response.
         compact: Read the head at needed positions only, for which the host reads one count, and
             ``cu_seqlens`` to check them. ``False`` never waits for the device, and answers NaN
-            where ``cu_seqlens`` are wrong.
+            where ``cu_seqlens`` are wrong or a label is outside the vocabulary.
 
     Returns:
         (2B,) shaping in the unit of the potential (of the logits, or of a probability), float32
@@ -85,7 +84,8 @@ def teacher_shaping(
 
     Raises:
         ValueError: ``hidden`` without the extra position, rows that are not pairs, shapes, devices
-            or dtypes that do not fit, a number that is not finite or out of range.
+            or dtypes that do not fit, a number that is not finite or out of range; with
+            ``compact``, a label outside ``[0, V)`` that is not ``ignore_index``.
 
     Example:
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(50, 8)
@@ -99,52 +99,46 @@ def teacher_shaping(
     coefficients = _value_coefficients(
         labels, gamma, terminal, form, ignore_index, cu_seqlens, statistics_dtype(hidden.dtype)
     )
-    values = state_potentials(
+    tokens = labels_of_states(labels, cu_seqlens, ignore_index)
+    outside = (tokens != ignore_index) & ((tokens < 0) | (tokens >= vocabulary_size(head)))
+    # Any token marks a state whose potential is wanted. One outside the vocabulary is handed on,
+    # to be refused, or to make its response NaN.
+    any_token = 1 if ignore_index == 0 else 0
+    wanted = torch.where(coefficients != 0, any_token, ignore_index)
+    potentials = state_potentials(
         hidden,
         head,
-        coefficients != 0,
+        torch.where(outside, tokens, wanted),
         potential=potential,
         temperature=temperature,
+        ignore_index=ignore_index,
         compact=compact,
     )
-    shaping = _weighted_sum(values, coefficients, cu_seqlens)
-    # Which token a label is does not matter here, so that it is spoiled has to be asked.
-    return shaping if compact else shaping.masked_fill((labels == SPOILED).any(), torch.nan)
+    return _weighted_sum(potentials, coefficients, (coefficients != 0) | outside, cu_seqlens)
 
 
 @torch.no_grad()
 def state_potentials(
     hidden: Tensor,  # (..., H)
     head: Head | Tensor,
-    wanted: Tensor,  # (...) bool
+    labels: Tensor,  # (...) int64
     *,
     potential: Potential,
     temperature: float,
+    ignore_index: int,
     compact: bool = True,
 ) -> Tensor:
-    """The potential (...) of the wanted states, 0 elsewhere."""
+    """The potential (...) of states with a label, whatever it is, 0 elsewhere."""
     check_choice("potential", potential, tuple(POTENTIALS))
-    # The label 0 stands for any: all that counts is where the head is read.
-    labels = torch.where(wanted, 0, -1)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "compact": compact,
+    }
     if potential == "value":  # which has kernels of its own
-        _, values = call_head(
-            hidden,
-            head,
-            labels,
-            temperature=temperature,
-            ignore_index=-1,
-            compact=compact,
-        )
-        return values
-    return linear_stats(
-        hidden,
-        head,
-        labels,
-        stats=(POTENTIALS[potential],),
-        temperature=temperature,
-        ignore_index=-1,
-        compact=compact,
-    )[POTENTIALS[potential]]
+        return call_head(hidden, head, labels, **options)[1]
+    statistic = POTENTIALS[potential]
+    return linear_stats(hidden, head, labels, stats=(statistic,), **options)[statistic]
 
 
 def shaping_from_values(
@@ -193,7 +187,7 @@ def shaping_from_values(
     coefficients = _value_coefficients(
         labels, gamma, terminal, form, ignore_index, cu_seqlens, dtype
     )
-    return _weighted_sum(values, coefficients, cu_seqlens)
+    return _weighted_sum(values, coefficients, coefficients != 0, cu_seqlens)
 
 
 def _value_coefficients(
@@ -231,6 +225,7 @@ def _value_coefficients(
     return (gamma - 1) * both + gamma * (arrived_at - both) - (left - both)
 
 
-def _weighted_sum(values: Tensor, coefficients: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    weighted = torch.where(coefficients != 0, coefficients * values, 0)
-    return sequence_sum(weighted, cu_seqlens)
+def _weighted_sum(
+    values: Tensor, coefficients: Tensor, mask: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    return sequence_sum(torch.where(mask, coefficients * values, 0), cu_seqlens)

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fastpref.kernels import drdo_pairs, launch, logsumexp, tiles, tvkd_pairs  # noqa: E402
+from fastpref.kernels import launch, logsumexp, pairs, tiles  # noqa: E402
 
 KIB = 1024
 TARGETS = {
@@ -176,32 +176,19 @@ def gradient(dtype: torch.dtype, everything: bool) -> None:
     tiles.gradient_tile(torch.empty(n, width), labels, 4096, transform, *vectors, out)
 
 
-def tvkd(everything: bool, offsets_dtype: torch.dtype) -> None:
-    tvkd_pairs.tvkd_pairs(
+def pair_losses(loss: str, everything: bool, offsets_dtype: torch.dtype) -> None:
+    pairs.pair_losses(
+        loss,
         torch.empty(64),
         torch.empty(64, dtype=torch.bool),
         torch.zeros(5, dtype=offsets_dtype),
-        torch.empty(4),
-        torch.empty(4) if everything else None,
         torch.empty(64) if everything else None,
-        beta=0.1,
-        alpha=1.0 if everything else 0.0,
-        label_smoothing=0.1,
+        torch.empty(4) if everything else None,
+        torch.empty(4) if everything else None,
+        0.1,
+        2.0,
+        0.3,
         length_normalize=everything,
-    )
-
-
-def drdo(length_normalize: bool, detach_focal: bool, offsets_dtype: torch.dtype) -> None:
-    drdo_pairs.drdo_pairs(
-        torch.empty(64),
-        torch.empty(64, dtype=torch.bool),
-        torch.zeros(5, dtype=offsets_dtype),
-        torch.empty(4),
-        torch.empty(4),
-        alpha=0.1,
-        gamma=2.0,
-        length_normalize=length_normalize,
-        detach_focal=detach_focal,
     )
 
 
@@ -209,8 +196,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PROJECTION = (logsumexp, "_projection_logsumexp_kernel")
 FOLD = (tiles, "_fold_tile_kernel")
 GRADIENT = (tiles, "_gradient_tile_kernel")
-TVKD = (tvkd_pairs, "_tvkd_pairs_kernel")
-DRDO = (drdo_pairs, "_drdo_pairs_kernel")
+PAIRS = (pairs, "_pairs_kernel")
 
 
 def cases() -> Iterator[tuple[str, tuple, Callable[..., None], tuple]]:
@@ -227,10 +213,9 @@ def cases() -> Iterator[tuple[str, tuple, Callable[..., None], tuple]]:
         yield f"gradient-{name}", GRADIENT, gradient, (dtype, True)
     yield "fold-statistics", FOLD, fold, (None, False)
     yield "gradient-plain", GRADIENT, gradient, (torch.bfloat16, False)
-    yield "tvkd-plain", TVKD, tvkd, (False, torch.int64)
-    yield "tvkd-everything", TVKD, tvkd, (True, torch.int32)
-    yield "drdo-plain", DRDO, drdo, (False, True, torch.int64)
-    yield "drdo-everything", DRDO, drdo, (True, False, torch.int32)
+    for loss in pairs.LOSSES:
+        yield f"{loss}-plain", PAIRS, pair_losses, (loss, False, torch.int64)
+        yield f"{loss}-everything", PAIRS, pair_losses, (loss, True, torch.int32)
 
 
 CASES = [pytest.param(*case[1:], id=case[0]) for case in cases()]

@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref.kernels.drdo_pairs import drdo_pairs
-from fastpref.kernels.tvkd_pairs import tvkd_pairs
+from fastpref.kernels.pairs import LOSSES, PairLosses, pair_losses
 
 pytestmark = QUIET
 
@@ -54,27 +53,35 @@ def batches(draw: st.DrawFn) -> Batch:
 
 def check_pairs(
     batch: Batch,
-    actual: tuple[Tensor, ...],
-    loss: Callable[[Tensor], Tensor],
+    actual: PairLosses,
+    terms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
 ) -> None:
-    """The four outputs that both kernels have, against autograd of `loss` of the logps."""
-    losses, logps_sums, lengths, coefficients = actual
+    """All outputs against autograd of the two `terms` of the logps and of `x`."""
 
-    def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def plain(dtype: torch.dtype) -> tuple[Tensor, ...]:
         logps = torch.where(batch.mask, batch.logps, 0.0).to(dtype).requires_grad_()
-        value = loss(logps)
-        (gradient,) = torch.autograd.grad(value.sum(), logps)
-        return value.detach(), batch.sums(logps).detach(), gradient
+        leaf = x.to(dtype).requires_grad_()
+        values = terms(logps, leaf)
+        by_logps, by_x = torch.autograd.grad(
+            sum(values).sum(), (logps, leaf), allow_unused=True, materialize_grads=True
+        )
+        return *(one.detach() for one in values), batch.sums(logps).detach(), by_logps, by_x
 
-    names = ("losses", "logps_sums", "token_coefficients")
-    tensors = (losses, logps_sums, coefficients)
+    names = ("first term", "second term", "logps_sums", "by_logps", "by_x")
+    found = (*actual.terms, actual.logps_sums, actual.by_logps, actual.by_x)
     exact, by_torch = plain(torch.float64), plain(torch.float32)
-    for name, *versions in zip(names, tensors, exact, by_torch, strict=True):
+    for name, *versions in zip(names, found, exact, by_torch, strict=True):
         # Losses and their slopes are exponentials of the sums.
-        assert_as_good_as_torch(name, *versions, exact[1])
-    assert lengths.dtype == torch.int64
-    assert lengths.tolist() == batch.sums(batch.mask.double()).long().tolist()
-    assert (coefficients[~batch.mask] == 0).all()
+        assert_as_good_as_torch(name, *versions, exact[2])
+    assert actual.lengths.dtype == torch.int64
+    assert actual.lengths.tolist() == batch.sums(batch.mask.double()).long().tolist()
+    assert (actual.by_logps[~batch.mask] == 0).all()
+
+
+def difference(values: Tensor) -> Tensor:
+    chosen, rejected = values.chunk(2)
+    return chosen - rejected
 
 
 @examples
@@ -97,27 +104,26 @@ def test_tvkd_pairs(
     length_normalize: bool,
 ) -> None:
     sequences = len(batch.offsets) - 1
-    # Without alpha nothing of the shaping may get through, not even inf * 0.
-    shaping = 10 * randn(2, sequences) if alpha else torch.full((sequences,), INF, device=DEVICE)
+    shaping = 10 * randn(2, sequences)
     ref_logps = 10 * randn(3, sequences) if has_ref else None
     weights = torch.where(batch.mask, randn(4, len(batch.mask)).abs(), NAN) if has_weights else None
-    actual = tvkd_pairs(
-        batch.logps, batch.mask, batch.offsets, shaping, ref_logps, weights,
-        beta=beta, alpha=alpha, label_smoothing=label_smoothing, length_normalize=length_normalize,
+    # Without alpha the shaping is not handed over.
+    actual = pair_losses(
+        "tvkd", batch.logps, batch.mask, batch.offsets, weights, shaping if alpha else None,
+        ref_logps, beta, alpha, label_smoothing, length_normalize=length_normalize,
     )  # fmt: skip
 
-    def loss(logps: Tensor) -> Tensor:
+    def terms(logps: Tensor, shaping: Tensor) -> tuple[Tensor, Tensor]:
         total = batch.sums(logps if weights is None else logps * weights.nan_to_num().to(logps))
         margin = beta * (total if ref_logps is None else total - ref_logps.to(logps))
-        if alpha:
-            margin = margin - alpha * shaping.to(logps)
+        margin = margin - alpha * shaping
         if length_normalize:
             margin = margin / batch.sums(batch.mask.to(logps)).clamp(min=1)
-        difference = margin[: sequences // 2] - margin[sequences // 2 :]
-        agree, differ = (torch.nn.functional.logsigmoid(d) for d in (difference, -difference))
-        return -(1 - label_smoothing) * agree - label_smoothing * differ
+        d = difference(margin)
+        agree, differ = (torch.nn.functional.logsigmoid(one) for one in (d, -d))
+        return -(1 - label_smoothing) * agree - label_smoothing * differ, torch.zeros_like(d)
 
-    check_pairs(batch, actual, loss)
+    check_pairs(batch, actual, terms, shaping)
 
 
 @examples
@@ -133,15 +139,12 @@ def test_drdo_pairs(
 ) -> None:
     sequences = len(batch.offsets) - 1
     student, oracle = randn(2, sequences), randn(3, sequences)
-    actual = drdo_pairs(
-        batch.logps, batch.mask, batch.offsets, student, oracle,
-        alpha=alpha, gamma=gamma, length_normalize=length_normalize, detach_focal=detach_focal,
+    actual = pair_losses(
+        "drdo", batch.logps, batch.mask, batch.offsets, None, student, oracle,
+        alpha, gamma, 0.0 if detach_focal else 1.0, length_normalize=length_normalize,
     )  # fmt: skip
 
-    def difference(values: Tensor) -> Tensor:
-        return values[: sequences // 2] - values[sequences // 2 :]
-
-    def loss(logps: Tensor) -> Tensor:
+    def terms(logps: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         z = batch.sums(logps)
         if length_normalize:
             z = z / batch.sums(batch.mask.to(logps)).clamp(min=1)
@@ -149,12 +152,10 @@ def test_drdo_pairs(
         log_odds = z[: sequences // 2] - torch.log(-torch.expm1(below_zero))
         focal = torch.exp(gamma * torch.nn.functional.logsigmoid(-difference(z)))
         focal = focal.detach() if detach_focal else focal
-        error = (difference(oracle) - difference(student)).to(logps)
-        return error**2 - alpha * focal * log_odds
+        error = difference(oracle.to(logps)) - difference(student)
+        return error**2, -alpha * focal * log_odds
 
-    check_pairs(batch, actual[:4], loss)
-    expected = -2 * (difference(oracle) - difference(student)).double()
-    torch.testing.assert_close(actual[4].double(), expected)
+    check_pairs(batch, actual, terms, student)
 
 
 @pytest.mark.parametrize("size", [1e-7, 2e-7, 1e-6, 1e-3, 0.3, 0.69, 0.7, 3.0, 20.0, 200.0])
@@ -165,17 +166,16 @@ def test_drdo_near_and_far_from_certainty(size: float) -> None:
         offsets=torch.arange(3, device=DEVICE),
         logps=torch.tensor([-0.5, -size], device=DEVICE),
     )
-    rewards = torch.zeros(2, device=DEVICE)
-    losses, _, _, coefficients, _ = drdo_pairs(
-        batch.logps, batch.mask, batch.offsets, rewards, rewards,
-        alpha=1.0, gamma=0.0, length_normalize=False, detach_focal=True,
+    found = pair_losses(
+        "drdo", batch.logps, batch.mask, batch.offsets, None, None, None,
+        1.0, 0.0, 0.0, length_normalize=False,
     )  # fmt: skip
     logps = batch.logps.double().requires_grad_()
     below_zero = logps[1].clamp(max=-torch.finfo(torch.float32).eps)
     exact = torch.log(-torch.expm1(below_zero)) - logps[0]
     exact.backward()
-    torch.testing.assert_close(losses[0].double(), exact.detach(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(coefficients.double(), logps.grad, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(found.terms[1, 0].double(), exact.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.by_logps.double(), logps.grad, rtol=1e-6, atol=1e-12)
 
 
 def test_no_pairs() -> None:
@@ -184,14 +184,9 @@ def test_no_pairs() -> None:
         offsets=torch.zeros(1, dtype=torch.int64, device=DEVICE),
         logps=torch.empty(0, device=DEVICE),
     )
-    nothing = torch.empty(0, device=DEVICE)
-    losses, *_ = tvkd_pairs(
-        *(batch.logps, batch.mask, batch.offsets, nothing, None, None),
-        beta=0.1, alpha=1.0, label_smoothing=0.0, length_normalize=False,
-    )  # fmt: skip
-    assert losses.shape == (0,)
-    losses, *_ = drdo_pairs(
-        *(batch.logps, batch.mask, batch.offsets, nothing, nothing),
-        alpha=0.1, gamma=2.0, length_normalize=False, detach_focal=False,
-    )  # fmt: skip
-    assert losses.shape == (0,)
+    for loss in LOSSES:
+        found = pair_losses(
+            loss, batch.logps, batch.mask, batch.offsets, None, None, None,
+            0.1, 1.0, 0.0, length_normalize=False,
+        )  # fmt: skip
+        assert found.terms.shape == (2, 0)

@@ -10,7 +10,7 @@ from closeness import assert_no_worse
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import reference
+from fastpref import Head, reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     kept: list[int]  # labels of each row that its packed form keeps
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    head: dict[str, Any]  # temperature, logit_scale, softcap
+    transform: dict[str, Any]  # logit_scale, softcap
+    temperature: float
     ignore_index: int
     generator: torch.Generator
 
@@ -31,12 +32,15 @@ class Batch(NamedTuple):
         """Log-probabilities (2B, T) of the labels in float64."""
         return reference.linear_logps(
             self.states[:, :-1],
-            self.weight,
+            self.head(self._asdict()),
             self.labels,
-            bias=self.bias,
+            temperature=self.temperature,
             ignore_index=self.ignore_index,
-            **self.head,
         )
+
+    def head(self, leaves: dict[str, Any]) -> Head:
+        """The head of some leaves."""
+        return Head(leaves["weight"], leaves.get("bias"), **self.transform)
 
     def largest_sum(self) -> float:
         """The size of the largest log-probability of a response."""
@@ -122,8 +126,8 @@ def batches(draw: st.DrawFn, *, min_vocab: int = 1, min_labels: int = 0) -> Batc
         bias=exact_everywhere(torch.randn(vocab, generator=generator))
         if draw(st.booleans())
         else None,
-        head={
-            "temperature": draw(st.sampled_from([1.0, 0.5, 2.3])),
+        temperature=draw(st.sampled_from([1.0, 0.5, 2.3])),
+        transform={
             "logit_scale": draw(st.sampled_from([1.0, 0.25, -1.5])),
             "softcap": draw(st.sampled_from([None, 3.0, 30.0])),
         },

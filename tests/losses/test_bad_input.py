@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy
 import pytest
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 import fastpref
+from fastpref import Head, Responses
+from fastpref.checks import check_options, options_of
+from fastpref.losses import METHODS
 
 HEADED = ("linear_logps", "linear_logsumexp", "tvkd_loss", "drdo_loss", "teacher_shaping")
 LOSSES = ("tvkd_loss", "drdo_loss")
@@ -29,17 +34,13 @@ META = torch.device("meta")
 def arguments(name: str, *, packed: bool = False) -> dict[str, Any]:
     """Four sequences of three labels, H = 8, V = 20, that ``name`` accepts."""
     labels = torch.tensor([[1, 2, 3], [-100, 4, -100], [5, -100, 6], [-100, 7, 8]])
-    rewards = [torch.zeros(2), torch.zeros(2), torch.zeros(2)]
-    if name == "oracle_loss":
-        named = zip(("chosen_rewards", "rejected_rewards", "chosen_logps"), rewards, strict=True)
-        return {**dict(named), "sft_weight": 0.1}
     positions = (16,) if packed else (4, 4 if name in OF_STATES else 3)
     found: dict[str, Any] = {"hidden": torch.randn(*positions, 8), "labels": labels}
     if packed:
         found["labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100).reshape(-1)
         found["cu_seqlens"] = torch.arange(5) * 4
     if name in HEADED:
-        found["weight"] = torch.randn(20, 8)
+        found["head"] = torch.randn(20, 8)
     if name == "linear_logsumexp":
         del found["labels"]
     if name == "tvkd_loss":
@@ -53,6 +54,15 @@ def arguments(name: str, *, packed: bool = False) -> dict[str, Any]:
     return found
 
 
+def call(name: str, given: dict[str, Any]) -> Any:
+    """The function of a name; what belongs to a head goes into it."""
+    parts = {one: given[one] for one in Head._fields if one in given}
+    if parts:
+        rest = {one: value for one, value in given.items() if one not in parts}
+        given = {**rest, "head": Head(**{"weight": given.get("head"), **parts})}
+    return getattr(fastpref, name)(**given)
+
+
 def refused(
     name: str,
     argument: str,
@@ -64,7 +74,7 @@ def refused(
 ) -> None:
     """``name`` refuses ``changes`` to its arguments in these words."""
     with pytest.raises(ValueError) as caught:
-        getattr(fastpref, name)(**{**arguments(name, packed=packed), **changes})
+        call(name, {**arguments(name, packed=packed), **changes})
     message = str(caught.value)
     named, _, rest = message.partition(": expected ")
     wanted, _, came = rest.rpartition(", got ")
@@ -79,7 +89,7 @@ def test_good_input_is_taken(name, packed):
     getattr(fastpref, name)(**arguments(name, packed=packed))
 
 
-@pytest.mark.parametrize("name", ["oracle_loss", "linear_logps", "linear_logsumexp"])
+@pytest.mark.parametrize("name", ["linear_logps", "linear_logsumexp"])
 def test_good_input_without_pairs_is_taken(name):
     getattr(fastpref, name)(**arguments(name))
 
@@ -178,13 +188,6 @@ def test_a_reward_head_of_another_shape(shape):
     refused("sequence_rewards", "head_bias", "(1,) or ()", "(2,)", head_bias=torch.ones(2))
 
 
-@pytest.mark.parametrize("argument", ["rejected_rewards", "chosen_logps"])
-def test_oracle_arguments_of_another_shape(argument):
-    refused("oracle_loss", argument, "(2,)", "(3,)", **{argument: torch.zeros(3)})
-    refused("oracle_loss", "chosen_rewards", "(B,)", "(0,)", chosen_rewards=torch.zeros(0))
-    refused("oracle_loss", "chosen_rewards", "(B,)", "()", chosen_rewards=torch.zeros(()))
-
-
 # Dtypes
 
 
@@ -213,9 +216,6 @@ def test_hidden_that_is_not_floating(name, dtype):
         ("shaping_from_values", "values", (4, 4)),
         ("sequence_rewards", "head_weight", (1, 8)),
         ("sequence_rewards", "head_bias", (1,)),
-        ("oracle_loss", "chosen_rewards", (2,)),
-        ("oracle_loss", "rejected_rewards", (2,)),
-        ("oracle_loss", "chosen_logps", (2,)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
@@ -256,12 +256,11 @@ def test_a_number_a_sequence_that_is_no_tensor(name, argument):
         ("sequence_rewards", "hidden", "labels"),
         ("sequence_rewards", "head_weight", "hidden"),
         ("sequence_rewards", "head_bias", "hidden"),
-        ("oracle_loss", "rejected_rewards", "chosen_rewards"),
-        ("oracle_loss", "chosen_logps", "chosen_rewards"),
     ],
 )
 def test_another_device(name, argument, like):
     optional = {
+        "weight": torch.zeros(20, 8),
         "bias": torch.zeros(20),
         "ref_logps": torch.zeros(4),
         "token_weights": torch.zeros(4, 3),
@@ -300,7 +299,7 @@ def test_cu_seqlens_on_another_device(name):
 def test_labels_outside_the_vocabulary(name, label, trained, dtype):
     changes = {
         "hidden": torch.randn(4, 3, 8, dtype=dtype, requires_grad=True),
-        "weight": torch.randn(20, 8, dtype=dtype, requires_grad=trained),
+        "head": torch.randn(20, 8, dtype=dtype, requires_grad=trained),
         "labels": arguments(name)["labels"],
     }
     changes["labels"][2, 1] = label
@@ -308,6 +307,20 @@ def test_labels_outside_the_vocabulary(name, label, trained, dtype):
     refused(name, "labels", expected, f"1 outside, the first of them {label}", **changes)
     with torch.no_grad():
         refused(name, "labels", expected, f"1 outside, the first of them {label}", **changes)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("potential", ["value", "margin"])
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("label", [20, 10**12, -1])
+def test_a_teachers_labels_outside_its_vocabulary(label, position, potential, packed):
+    given = arguments("teacher_shaping", packed=packed)
+    given["labels"].view(4, -1)[0, position] = label
+    expected = "-100 (ignore_index) or values in [0, 20)"
+    got = f"1 outside, the first of them {label}"
+    refused("teacher_shaping", "labels", expected, got, packed=packed, **given, potential=potential)
+    found = fastpref.teacher_shaping(**given, potential=potential, compact=False)
+    assert found[0].isnan() and found[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["linear_logps", *LOSSES])
@@ -329,7 +342,7 @@ def test_without_compaction_a_bad_label_is_nan(name, label, trained):
     changed = arguments(name)
     changed["labels"][1, 1] = label
     changed["hidden"].requires_grad_()
-    changed["weight"].requires_grad_(trained)
+    changed["head"].requires_grad_(trained)
     found = getattr(fastpref, name)(**changed, compact=False)
     if name == "linear_logps":
         assert found[1, 1].isnan() and found[0].isfinite().all() and found[2:].isfinite().all()
@@ -405,7 +418,7 @@ def reads(monkeypatch) -> list[str]:
 def test_how_often_the_host_reads(reads, name, trained, packed):
     given = arguments(name, packed=packed)
     given["hidden"].requires_grad_()
-    given["weight"].requires_grad_(trained)
+    given["head"].requires_grad_(trained)
 
     def run(*, compact: bool) -> int:
         reads.clear()
@@ -467,12 +480,11 @@ NUMBERS = [
     *((name, "softcap", (0.0, -30)) for name in HEADED),
     *((name, "logit_scale", ()) for name in HEADED),
     ("tvkd_loss", "beta", (0, -0.1)),
-    ("tvkd_loss", "alpha", ()),
+    ("tvkd_loss", "alpha", (-0.1,)),
     ("tvkd_loss", "label_smoothing", (-0.1, 0.9)),
     ("tvkd_loss", "sft_weight", (-1,)),
     ("drdo_loss", "alpha", (-0.1,)),
     ("drdo_loss", "gamma", (-1,)),
-    ("oracle_loss", "sft_weight", (-0.1,)),
     ("teacher_shaping", "gamma", (-1,)),
     ("shaping_from_values", "gamma", (-0.5,)),
 ]
@@ -499,8 +511,8 @@ def test_numbers_of_tensors(name, argument):
 @pytest.mark.parametrize("kind", [numpy.float32, numpy.float64, Fraction])
 def test_real_numbers_of_other_kinds(name, argument, kind):
     given = arguments(name) | {argument: 0.5}
-    expected = getattr(fastpref, name)(**given)
-    found = getattr(fastpref, name)(**given | {argument: kind(0.5)})
+    expected = call(name, given)
+    found = call(name, given | {argument: kind(0.5)})
     torch.testing.assert_close(found, expected)
 
 
@@ -536,7 +548,7 @@ def test_unknown_conventions(name, value):
     refused(name, "form", "'difference' or 'next_value'", repr(value), form=value)
 
 
-@pytest.mark.parametrize("name", [*HEADED, *OF_PAIRS, "oracle_loss"])
+@pytest.mark.parametrize("name", [*HEADED, *OF_PAIRS])
 def test_an_unknown_keyword(name):
     with pytest.raises(TypeError, match=rf"{name}\(\).*temprature"):
         getattr(fastpref, name)(**arguments(name), temprature=1.0)
@@ -546,3 +558,106 @@ def test_an_unknown_keyword(name):
 def test_losses_do_not_return_the_lse(name):
     with pytest.raises(TypeError, match=rf"{name}\(\).*return_lse"):
         getattr(fastpref, name)(**arguments(name), return_lse=True)
+
+
+# Pure losses
+
+
+def loss_arguments(method: str) -> dict[str, Any]:
+    """Two pairs that a method accepts, by name."""
+    tensors = get_type_hints(METHODS[method])
+    return {
+        name: torch.zeros(4)
+        for name, parameter in inspect.signature(METHODS[method]).parameters.items()
+        if tensors[name] is Tensor and parameter.default is parameter.empty
+    }
+
+
+def responses_of(method: str, count: int = 4) -> Responses:
+    first = next(iter(inspect.signature(METHODS[method]).parameters))
+    count = count // 2 if first == "chosen" else count
+    return Responses(-torch.ones(count), torch.ones(count, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_refuses_what_is_no_responses(method):
+    given = loss_arguments(method)
+    METHODS[method](responses_of(method), **given)
+    with pytest.raises(ValueError, match="expected Responses, from sum_responses, got Tensor"):
+        METHODS[method](torch.zeros(4), **given)
+    with pytest.raises(ValueError, match="expected 2B responses, .* got 0"):
+        METHODS[method](responses_of(method, 0), **given)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "oracle"])
+def test_a_loss_refuses_an_odd_number_of_responses(method):
+    with pytest.raises(ValueError, match="responses: expected 2B responses, .* got 3"):
+        METHODS[method](responses_of(method, 3), **loss_arguments(method))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method in METHODS for name in loss_arguments(method)]
+)
+def test_a_loss_refuses_tensors_that_do_not_fit(method, name):
+    bad = {
+        "(2,)": torch.zeros(2),
+        "list": [0.0] * 4,
+        "torch.int64": torch.zeros(4, dtype=torch.int64),
+        "meta": torch.zeros(4, device=META),
+    }
+    for got, value in bad.items():
+        given = loss_arguments(method) | {name: value}
+        with pytest.raises(ValueError, match=f"^{name}: expected .*got {re.escape(got)}"):
+            METHODS[method](responses_of(method), **given)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(method, name) for method in METHODS for name in options_of(METHODS[method])],
+)
+def test_a_loss_refuses_options_before_a_trainer_starts(method, name):
+    bad = "no" if options_of(METHODS[method])[name] is bool else math.nan
+    expected = "True or False" if bad == "no" else "a finite number"
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}"):
+        check_options(METHODS[method], {name: bad})
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}"):
+        METHODS[method](responses_of(method), **loss_arguments(method), **{name: bad})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_refuses_arguments_that_it_does_not_have(method):
+    given = loss_arguments(method)
+    with pytest.raises(TypeError, match=rf"{method}\(\).*temprature"):
+        METHODS[method](responses_of(method), **given, temprature=1.0)
+    with pytest.raises(TypeError, match=rf"{method}\(\)"):
+        METHODS[method](responses_of(method), *[torch.zeros(4)] * 9)
+    if given:
+        name, value = next(iter(given.items()))
+        with pytest.raises(TypeError, match=rf"{method}\(\).*{name}"):
+            METHODS[method](responses_of(method), value, **{name: value})
+
+
+# Sums over responses
+
+
+def test_sums_refuse_what_does_not_fit():
+    labels, logps = torch.ones(3, 2, dtype=torch.int64), torch.zeros(3, 2)
+    assert fastpref.sum_responses(logps, labels).logps.shape == (3,)  # no pairs are asked for
+    for changes, expected in (
+        ({"logps": logps[:2]}, r"logps: expected shape \(3, 2\)"),
+        ({"logps": logps.long()}, "logps: expected float64"),
+        ({"labels": labels[0]}, r"labels: expected shape \(S, T\)"),
+        ({"token_weights": logps[0]}, r"token_weights: expected shape \(3, 2\)"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, r"labels: expected shape \(N,\)"),
+        ({"compact": 1}, "compact: expected True or False"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            fastpref.sum_responses(**{"logps": logps, "labels": labels, **changes})
+
+
+@pytest.mark.parametrize("boundaries", WRONG_OR_RIGHT, ids=str)
+def test_sums_over_wrong_boundaries_are_nan_where_nobody_reads_them(boundaries):
+    labels = arguments("tvkd_loss", packed=True)["labels"]
+    given = {"cu_seqlens": torch.tensor(boundaries), "compact": False}
+    found = fastpref.sum_responses(torch.zeros(16), labels, **given)
+    assert (found.logps.isnan() == (boundaries != [0, 4, 8, 12, 16])).all()

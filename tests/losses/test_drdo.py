@@ -19,8 +19,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import DRDOOutput, drdo_loss, reference
-from fastpref.losses.drdo import log1mexp
+from fastpref import Head, drdo_loss, reference
+from fastpref.losses.drdo import DRDOOutput, log1mexp
 
 LABELS = torch.tensor([[-100, 3, 0, 4], [2, -100, 1, -100], [-100, 6, 5, 2], [1, 2, 3, -100]])
 OPTIONS = st.fixed_dictionaries(
@@ -45,13 +45,12 @@ def rewards(batch: Batch) -> dict[str, Tensor]:
 def padded_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> DRDOOutput:
     return drdo_loss(
         leaves["states"][:, :-1],
-        leaves["weight"],
+        batch.head(leaves),
         batch.labels,
         leaves["student_rewards"],
         leaves["oracle_rewards"],
-        bias=leaves.get("bias"),
         ignore_index=batch.ignore_index,
-        **batch.head,
+        temperature=batch.temperature,
         **options,
     )
 
@@ -59,14 +58,13 @@ def padded_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> DRDO
 def packed_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> DRDOOutput:
     return drdo_loss(
         batch.pack(leaves["states"]),
-        leaves["weight"],
+        batch.head(leaves),
         batch.packed_labels(),
         leaves["student_rewards"],
         leaves["oracle_rewards"],
-        bias=leaves.get("bias"),
         ignore_index=batch.ignore_index,
         cu_seqlens=batch.cu_seqlens(),
-        **batch.head,
+        temperature=batch.temperature,
         **options,
     )
 
@@ -74,24 +72,22 @@ def packed_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> DRDO
 def reference_logps(batch: Batch, leaves: dict[str, Tensor]) -> Tensor:
     return reference.linear_logps(
         leaves["states"][:, :-1],
-        leaves["weight"],
+        batch.head(leaves),
         batch.labels,
-        bias=leaves.get("bias"),
         ignore_index=batch.ignore_index,
-        **batch.head,
+        temperature=batch.temperature,
     )
 
 
 def reference_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> Tensor:
     return reference.drdo_loss(
         leaves["states"][:, :-1],
-        leaves["weight"],
+        batch.head(leaves),
         batch.labels,
         leaves["student_rewards"],
         leaves["oracle_rewards"],
-        bias=leaves.get("bias"),
         ignore_index=batch.ignore_index,
-        **batch.head,
+        temperature=batch.temperature,
         **options,
     )
 
@@ -194,7 +190,7 @@ def test_gradcheck(trained, packed, length_normalize):
     def loss(hidden, weight, bias, student, oracle):
         return drdo_loss(
             hidden.reshape(-1, 3) if packed else hidden,
-            weight,
+            Head(weight, bias, softcap=4.0),
             labels.reshape(-1) if packed else labels,
             student,
             oracle,
@@ -202,8 +198,6 @@ def test_gradcheck(trained, packed, length_normalize):
             gamma=1.5,
             length_normalize=length_normalize,
             cu_seqlens=cu_seqlens,
-            bias=bias,
-            softcap=4.0,
             temperature=1.3,
         ).loss
 
@@ -250,8 +244,8 @@ def test_a_certain_rejected_response_is_finite(dtype, case, length_normalize, tr
     hidden = torch.ones(2, 1, 1, dtype=dtype, requires_grad=True)
     student = torch.zeros(2, requires_grad=True)
     found = drdo_loss(
-        hidden, weight, torch.tensor(tokens), student, torch.tensor([1.0, -1.0]),
-        bias=bias, length_normalize=length_normalize,
+        hidden, Head(weight, bias), torch.tensor(tokens), student, torch.tensor([1.0, -1.0]),
+        length_normalize=length_normalize,
     )  # fmt: skip
     assert found.rejected_logps == 0
     found.loss.backward()

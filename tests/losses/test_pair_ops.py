@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastpref.losses.fused import drdo_pairs_op, tvkd_pairs_op
 from torch.library import opcheck
 
+from fastpref.losses import METHODS
+from fastpref.losses.fused import FUSED, pair_losses_op
 from fastpref.ops.backend import uses_triton
+from fastpref.responses import Tokens
 from fastpref.sequences import _checked_boundaries
 
 needs_triton = pytest.mark.skipif(
@@ -24,18 +26,29 @@ def logps() -> torch.Tensor:
 
 
 @needs_triton
+@pytest.mark.parametrize("loss", FUSED)
 @pytest.mark.parametrize("optional", [False, True])
-def test_opcheck_tvkd_pairs(optional):
-    ref_logps, token_weights = (torch.randn(4), torch.rand(9)) if optional else (None, None)
-    given = (logps(), MASK, BOUNDARIES, torch.randn(4), ref_logps, token_weights)
-    opcheck(tvkd_pairs_op, (*given, 0.1, 1.0, 0.1, optional))
+def test_opcheck_pair_losses(loss, optional):
+    given = (None, None, None)
+    if optional:
+        given = (torch.rand(9), torch.randn(4, requires_grad=True), torch.randn(4))
+    opcheck(pair_losses_op, (loss, logps(), MASK, BOUNDARIES, *given, 0.1, 2.0, 0.3, optional))
 
 
 @needs_triton
-@pytest.mark.parametrize("length_normalize", [False, True])
-def test_opcheck_drdo_pairs(length_normalize):
-    given = (logps(), MASK, BOUNDARIES, torch.randn(4, requires_grad=True), torch.randn(4))
-    opcheck(drdo_pairs_op, (*given, 0.1, 2.0, length_normalize, False))
+@pytest.mark.parametrize("loss", FUSED)
+@pytest.mark.parametrize("constant", [True, False])
+def test_the_kernel_runs_where_it_has_every_gradient(loss, constant, monkeypatch):
+    calls = []
+    fused = FUSED[loss]
+    monkeypatch.setitem(FUSED, loss, lambda *a, **k: calls.append(1) or fused(*a, **k))
+    tokens = Tokens(logps(), MASK, BOUNDARIES, None)
+    others = {"tvkd": "ref_logps", "drdo": "oracle_rewards"}
+    given = {others[loss]: torch.randn(4, requires_grad=not constant)}
+    found = METHODS[loss](tokens, torch.randn(4, requires_grad=True), **given)
+    assert len(calls) == constant
+    expected = METHODS[loss](tokens.sums(), torch.zeros(4), **given)
+    assert torch.equal(found.chosen_logps, expected.chosen_logps)
 
 
 def test_opcheck_checked_boundaries():

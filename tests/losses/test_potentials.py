@@ -26,18 +26,16 @@ def run(function, batch, dtype, **options):
     leaves = batch.leaves(dtype, set())
     return function(
         leaves["states"],
-        leaves["weight"],
+        batch.head(leaves),
         batch.labels,
-        bias=leaves.get("bias"),
         ignore_index=batch.ignore_index,
-        **batch.head,
+        temperature=batch.temperature,
         **options,
     )
 
 
 def largest_logit_sum(batch) -> float:
-    head = {name: value for name, value in batch.head.items() if name != "temperature"}
-    logits = reference.logits(batch.states, batch.weight, bias=batch.bias, **head)
+    logits = reference.logits(batch.states, batch.head(batch._asdict()))
     return float(logits.abs().amax(-1).sum(1).max())
 
 
@@ -75,12 +73,11 @@ def test_packed_equals_padded(name, batch):
     leaves = batch.leaves(torch.float64, set())
     packed = function(
         batch.pack(leaves["states"]),
-        leaves["weight"],
+        batch.head(leaves),
         batch.packed_labels(),
         cu_seqlens=batch.cu_seqlens(),
-        bias=leaves.get("bias"),
         ignore_index=batch.ignore_index,
-        **batch.head,
+        temperature=batch.temperature,
         **{option: name},
     )
     padded = run(function, batch, torch.float64, **{option: name})

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import TVKDOutput, reference, tvkd_loss
+from fastpref import Head, LossOutput, reference, tvkd_loss
 
 LABELS = torch.tensor([[-100, 3, 0, 4], [2, -100, 1, -100], [-100, 6, 5, 2], [1, 2, 3, -100]])
 OPTIONS = st.fixed_dictionaries(
     {
         "beta": st.sampled_from([0.1, 0.5, 1]),
-        "alpha": st.sampled_from([1.0, 0.0, -0.4, 2]),
+        "alpha": st.sampled_from([1.0, 0.0, 0.4, 2]),
         "length_normalize": st.booleans(),
         "label_smoothing": st.sampled_from([0.0, 0.1, 0.5]),
         "sft_weight": st.sampled_from([0.0, 0.3]),
@@ -39,36 +39,34 @@ def extras(batch: Batch, names: set[str]) -> dict[str, Tensor]:
     return {name: values for name, values in found.items() if name in names}
 
 
-def padded_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> TVKDOutput:
+def padded_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> LossOutput:
     return tvkd_loss(
         leaves["states"][:, :-1],
-        leaves["weight"],
+        batch.head(leaves),
         batch.labels,
         leaves["shaping"],
-        bias=leaves.get("bias"),
         ref_logps=leaves.get("ref_logps"),
         token_weights=leaves.get("token_weights"),
         ignore_index=batch.ignore_index,
-        **batch.head,
+        temperature=batch.temperature,
         **options,
     )
 
 
-def packed_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> TVKDOutput:
+def packed_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> LossOutput:
     weights = leaves.get("token_weights")
     if weights is not None:  # what lies beyond the labels is never read
         weights = batch.pack(torch.nn.functional.pad(weights, (0, 1), value=math.nan))
     return tvkd_loss(
         batch.pack(leaves["states"]),
-        leaves["weight"],
+        batch.head(leaves),
         batch.packed_labels(),
         leaves["shaping"],
-        bias=leaves.get("bias"),
         ref_logps=leaves.get("ref_logps"),
         token_weights=weights,
         ignore_index=batch.ignore_index,
         cu_seqlens=batch.cu_seqlens(),
-        **batch.head,
+        temperature=batch.temperature,
         **options,
     )
 
@@ -76,14 +74,13 @@ def packed_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> TVKD
 def reference_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> Tensor:
     return reference.tvkd_loss(
         leaves["states"][:, :-1],
-        leaves["weight"],
+        batch.head(leaves),
         batch.labels,
         leaves["shaping"],
-        bias=leaves.get("bias"),
         ref_logps=leaves.get("ref_logps"),
         token_weights=leaves.get("token_weights"),
         ignore_index=batch.ignore_index,
-        **batch.head,
+        temperature=batch.temperature,
         **options,
     )
 
@@ -136,11 +133,10 @@ def test_metrics_are_the_sums_behind_the_loss(dtype, batch, options, referenced)
     def metrics(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         logps = reference.linear_logps(
             leaves["states"][:, :-1],
-            leaves["weight"],
+            batch.head(leaves),
             batch.labels,
-            bias=leaves.get("bias"),
             ignore_index=batch.ignore_index,
-            **batch.head,
+            temperature=batch.temperature,
         ).detach()
         lengths = batch.mask.sum(1).clamp_min(1)
         sums = logps.sum(1)
@@ -178,7 +174,7 @@ def test_gradcheck(trained, packed):
     def loss(hidden, weight, bias, shaping, ref_logps, token_weights):
         return tvkd_loss(
             hidden.reshape(-1, 3) if packed else hidden,
-            weight,
+            Head(weight, bias, softcap=4.0),
             labels.reshape(-1) if packed else labels,
             shaping,
             beta=0.7,
@@ -189,8 +185,6 @@ def test_gradcheck(trained, packed):
             token_weights=token_weights.reshape(-1) if packed else token_weights,
             sft_weight=0.4,
             cu_seqlens=cu_seqlens,
-            bias=bias,
-            softcap=4.0,
             temperature=1.3,
         ).loss
 
@@ -258,8 +252,8 @@ def test_any_integer_labels_will_do(dtype, packed):
             }
             ignore_index = 2
         theirs = {**ours, "labels": ours["labels"].long()}
-        found = tvkd_loss(weight=weight, ignore_index=ignore_index, **ours)
-        expected = tvkd_loss(weight=weight, ignore_index=ignore_index, **theirs)
+        found = tvkd_loss(head=weight, ignore_index=ignore_index, **ours)
+        expected = tvkd_loss(head=weight, ignore_index=ignore_index, **theirs)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -325,7 +319,7 @@ def test_compiles_without_graph_breaks(trained, packed):
     weight = torch.randn(20, 8, requires_grad=trained)
     shaping, ref_logps = torch.tensor([1.5, 0.5]), torch.tensor([-4.0, -3.0])
 
-    def outputs(beta: float) -> TVKDOutput:
+    def outputs(beta: float) -> LossOutput:
         return tvkd_loss(
             hidden, weight, labels, shaping, beta=beta, ref_logps=ref_logps,
             label_smoothing=0.1, sft_weight=0.2, cu_seqlens=cu_seqlens,

@@ -12,13 +12,14 @@ from closeness import assert_no_worse
 from torch import Tensor
 
 import fastpref
+from fastpref import Head
 
 BETA = 0.3
 
 
-def dpo(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+def dpo(hidden: Tensor, head: Head | Tensor, labels: Tensor, **options: Any) -> Tensor:
     nothing = hidden.new_zeros(len(labels))
-    return fastpref.tvkd_loss(hidden, weight, labels, nothing, alpha=0.0, beta=BETA, **options).loss
+    return fastpref.tvkd_loss(hidden, head, labels, nothing, alpha=0.0, beta=BETA, **options).loss
 
 
 # Liger
@@ -77,13 +78,12 @@ def test_equals_liger(liger, referenced, trained, chunk_size):
             )
         else:
             ref_logps = fastpref.linear_logps(
-                batch["ref_hidden"], batch["ref_weight"], batch["labels"], bias=batch["ref_bias"]
+                batch["ref_hidden"], Head(batch["ref_weight"], batch["ref_bias"]), batch["labels"]
             ).sum(1)
             loss = dpo(
                 batch["hidden"],
-                batch["weight"],
+                Head(batch["weight"], batch["bias"]),
                 batch["labels"],
-                bias=batch["bias"],
                 ref_logps=ref_logps if referenced else None,
             )
         wanted = [batch[name] for name in ("hidden", "weight", "bias")]
