@@ -4,61 +4,27 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin
 
 from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
-from fastpref.checks import (
-    NonNegative,
-    Positive,
-    check_choice,
-    check_number,
-    check_options,
-    refuse,
-)
+from fastpref.checks import NonNegative, Positive, check_choice, check_number, check_options, refuse
 from fastpref.losses import METHODS
 from fastpref.responses import Responses
 from fastpref.teacher.shaping import Form, Potential, Terminal
 
 # What makes DPO's loss another one. `label_smoothing_factor` is that of transformers' own Trainer.
 OF_OTHER_LOSSES = (
-    "loss_type",
-    "loss_weights",
-    "ld_alpha",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "use_weighting",
-    "discopop_tau",
-    "label_smoothing_factor",
-)
+    "loss_type loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting "
+    "discopop_tau label_smoothing_factor"
+).split()
 OF_REFERENCE = (
-    "precompute_ref_batch_size",
-    "sync_ref_model",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
+    "precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha ref_model_sync_steps".split()
 )
-
-
-class Option(NamedTuple):
-    """A keyword of a loss or of a signal, as its signature and its docstring have it."""
-
-    annotation: Any
-    default: Any
-    help: str
-
-    def kind(self) -> type:
-        """The type that a command line reads."""
-        if get_origin(self.annotation) is Literal:
-            return str
-        kind: type = next(iter(get_args(self.annotation)), self.annotation)
-        return kind
-
-    def choices(self) -> tuple[str, ...]:
-        """What a string may be; empty for numbers and flags."""
-        return get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
+INPUTS = (Responses, Tensor, Tensor | None)  # annotations of what a loss reads of a batch
 
 
 def shaping_options(
@@ -111,62 +77,74 @@ def reference_options(*, reference_free: bool = True) -> bool:
 
 def inputs_of(method: str) -> dict[str, bool]:
     """What a loss reads of a batch, by the names of its parameters, and whether it has to."""
-    loss = METHODS[method]
-    hints = get_type_hints(loss)
     return {
         name: parameter.default is inspect.Parameter.empty
-        for name, parameter in inspect.signature(loss).parameters.items()
-        if hints[name] in (Responses, Tensor, Tensor | None)
+        for name, parameter in _parameters(METHODS[method]).items()
+        if parameter.annotation in INPUTS
     }
 
 
-def options_of_method(method: str) -> dict[str, Option]:
-    """The options of a method: those of its loss, and of the signals that the loss reads."""
-    inputs = inputs_of(method)
-    options = _options(METHODS[method])
-    if "shaping" in inputs:
-        options |= _options(shaping_options)
-    if inputs.get("ref_logps") is False:
-        options |= _options(reference_options)
-    return options
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function, eval_str=True).parameters
 
 
-def _options(function: Callable[..., Any]) -> dict[str, Option]:
-    hints = get_type_hints(function, include_extras=True)
-    parts = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", parts[2].partition("\n\n")[0], re.M)
-    helps = {name: re.sub(r"\s+", " ", text).replace("``", "") for name, text in entries}
+def _options(*functions: Callable[..., Any]) -> dict[str, Any]:
+    """Parameters that are no inputs, by name: annotations and defaults."""
     return {
-        name: Option(hints[name], parameter.default, helps[name])
-        for name, parameter in inspect.signature(function).parameters.items()
-        if hints[name] not in (Responses, Tensor, Tensor | None)
+        name: parameter
+        for function in functions
+        for name, parameter in _parameters(function).items()
+        if parameter.annotation not in INPUTS
     }
 
 
-OPTIONS = {method: options_of_method(method) for method in METHODS}
+def _sources(method: str) -> list[Callable[..., Any]]:
+    """The functions whose keywords are a method's options: its loss, and what it reads."""
+    inputs = inputs_of(method)
+    sources = [METHODS[method]]
+    if "shaping" in inputs:
+        sources.append(shaping_options)
+    if inputs.get("ref_logps") is False:
+        sources.append(reference_options)
+    return sources
+
+
+def _help(name: str, function: Callable[..., Any]) -> str:
+    """What the docstring of a function says of an argument, and its default."""
+    doc = inspect.getdoc(function) or ""
+    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", doc.partition("Args:\n")[2], re.M)
+    text = "" if found is None else re.sub(r"\s+", " ", found[1]).replace("``", "")
+    return f"{text} Default: {_options(function)[name].default}."
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _field(name: str) -> tuple[str, Any, Any]:
     """An option of one method or of several, as a field that is None where it is not set."""
-    owners = {method: options[name] for method, options in OPTIONS.items() if name in options}
-    texts: dict[str, list[str]] = {}
-    for method, option in owners.items():
-        texts.setdefault(f"{option.help} Default: {option.default}.", []).append(method)
-    help_text = " ".join(f"[{', '.join(methods)}] {text}" for text, methods in texts.items())
-    metadata: dict[str, Any] = {"help": help_text.replace("%", "%%")}
-    kind = next(iter(owners.values())).kind()
-    choices = [choice for option in owners.values() for choice in option.choices()]
+    owners: dict[str, list[str]] = {}  # methods by help text
+    annotations = []
+    for method in METHODS:
+        for function in _sources(method):
+            if name in _options(function):
+                owners.setdefault(_help(name, function), []).append(method)
+                annotations.append(_options(function)[name].annotation)
+    texts = (f"[{', '.join(methods)}] {text}" for text, methods in owners.items())
+    metadata: dict[str, Any] = {"help": " ".join(texts).replace("%", "%%")}
+    choices = dict.fromkeys(choice for one in annotations for choice in _choices(one))
+    kind = str if choices else next(iter(get_args(annotations[0])), annotations[0])
     if choices:
-        metadata["choices"] = list(dict.fromkeys(choices))
+        metadata["choices"] = list(choices)
     if kind is bool:  # a flag may stand alone on a command line
         metadata |= {"nargs": "?", "const": True}
     return name, kind | None, field(default=None, metadata=metadata)
 
 
+OPTIONS = {method: _options(*_sources(method)) for method in METHODS}
+ALL_OPTIONS = list(dict.fromkeys(name for options in OPTIONS.values() for name in options))
 _DPOConfigWithOptions: Any = make_dataclass(
-    "_DPOConfigWithOptions",
-    [_field(name) for name in dict.fromkeys(name for found in OPTIONS.values() for name in found)],
-    bases=(DPOConfig,),
+    "_DPOConfigWithOptions", map(_field, ALL_OPTIONS), bases=(DPOConfig,)
 )
 
 
@@ -213,7 +191,7 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         if isinstance(args, PreferenceConfig):
             if cls is not PreferenceConfig and cls.method != args.method:
                 refuse("args", f"method={cls.method!r}", repr(args.method))
-            return args  # type: ignore[return-value]  # whose method is that of cls
+            return args
         if not isinstance(args, DPOConfig):
             refuse("args", f"a {cls.__name__} or a DPOConfig", type(args).__name__)
         found = cls.__new__(cls)
@@ -235,14 +213,12 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
 
     def has_reference(self) -> bool:
         """Whether the loss reads the log-probabilities of a reference."""
-        inputs = inputs_of(self.method)
-        return "ref_logps" in inputs and not getattr(self, "reference_free", None)
+        return "ref_logps" in inputs_of(self.method) and not self.reference_free
 
     def refuse_set(self, names: Iterable[str], reason: str) -> None:
         """Refuse options that were set to something else than their default."""
-        defaults = _defaults(self) | {
-            name: option.default for name, option in OPTIONS[self.method].items()
-        }
+        defaults = _defaults(self)
+        defaults |= {name: option.default for name, option in OPTIONS[self.method].items()}
         for name in names:
             if getattr(self, name) != defaults[name]:
                 refuse(name, f"{defaults[name]!r}, since {reason}", repr(getattr(self, name)))
@@ -251,22 +227,18 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         """Give the method's options their values, and refuse what it has no use for."""
         check_choice("method", self.method, tuple(METHODS))
         options = OPTIONS[self.method]
-        for name in {name for found in OPTIONS.values() for name in found}:
-            if name not in options and getattr(self, name) is not None:
-                refuse(
-                    name, f"None, since method {self.method!r} has no such option",
-                    repr(getattr(self, name)),
-                )  # fmt: skip
+        others = [name for name in ALL_OPTIONS if name not in options]
+        self.refuse_set(others, f"method {self.method!r} has no such option")
+        self.refuse_set(OF_OTHER_LOSSES, f"method {self.method!r} has a loss of its own")
         for name, option in options.items():
             if getattr(self, name) is None:
                 setattr(self, name, option.default)
-            if option.choices():
-                check_choice(name, getattr(self, name), option.choices())
+            if choices := _choices(option.annotation):
+                check_choice(name, getattr(self, name), choices)
         check_number("scratch_bytes", self.scratch_bytes, at_least=0)
-        check_options(METHODS[self.method], vars(self))
-        self.refuse_set(OF_OTHER_LOSSES, f"method {self.method!r} has a loss of its own")
+        for function in _sources(self.method):
+            check_options(function, vars(self))
         if "shaping" in inputs_of(self.method):
-            check_options(shaping_options, vars(self))
             self.shaping_options()
             if self.precompute_shaping:
                 self.refuse_set(["truncation_mode"], "a teacher's own tokens are cut at their end")

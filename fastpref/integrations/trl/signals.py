@@ -18,15 +18,13 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import refuse
-from fastpref.integrations.trl.config import PreferenceConfig
+from fastpref.integrations.trl.config import PreferenceConfig, inputs_of
 from fastpref.models.fused_head import add_fused_head
 from fastpref.models.reward_head import load_reward_head, reward_head_of, rewards_at_head
 from fastpref.ops import Head
 from fastpref.teacher import BadRowsError, add_shaping, load_teacher, teacher_shaping
 from fastpref.teacher.store import made_with_max_length
 from fastpref.teacher.tokens import tokenizer_settings
-
-AtHead = Callable[[Tensor, Head, Tensor], Tensor]  # states, head, labels -> (2B,)
 
 
 @dataclass
@@ -45,6 +43,8 @@ class Signal:
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """A dataset with what is read of it; refused is one that lacks it, or has it twice."""
+        if not self.argument:  # a reference's, which DPOTrainer adds
+            return dataset
         missing = missing_columns(dataset, self.columns)
         if self.compute is not None or self.read is not None:
             if not missing:
@@ -82,15 +82,18 @@ REWARDS = Signal(
     "oracle_model",
     "add them from your oracle, or give the trainer an oracle_model",
 )
+OF_TEACHER = "potential value_temperature gamma terminal form precompute_shaping".split()
 REFERENCE = Signal(("ref_chosen_logps", "ref_rejected_logps"))  # which DPOTrainer precomputes
 
 
+@dataclass
 class Reader:
     """A teacher or an oracle that reads the student's batches."""
 
-    def __init__(self, argument: str, model: Any, tokenizer: Any, at_head: AtHead) -> None:
-        self.argument, self.model, self.tokenizer = argument, model, tokenizer
-        self.at_head = at_head
+    argument: str
+    model: Any
+    tokenizer: Any
+    at_head: Callable[[Tensor, Head, Tensor], Tensor]  # states, head, labels -> (2B,)
 
     def join(self, trainer: Any) -> None:
         """Check that it reads the student's tokens; place it as TRL places a reference."""
@@ -124,15 +127,34 @@ class Reader:
         return found
 
 
-def shaping_signal(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Signal | None:
-    """A teacher's shaping; None where the loss does not read it, with ``alpha=0``."""
-    if teacher is None:
-        of_teacher = ("potential", "value_temperature", "gamma", "terminal", "form")
-        reason = "there is no teacher_model that it is for"
-        args.refuse_set([*of_teacher, "precompute_shaping"], reason)
-        return SHAPING if args.alpha else None
-    if not args.alpha:
-        refuse("teacher_model", "None with alpha=0, which does not read it", "a teacher")
+def signals_of(
+    args: PreferenceConfig, student: Any, models: dict[str, tuple[Any, Any]]
+) -> dict[str, Signal]:
+    """What the loss reads beside the student's own numbers, by the names of its parameters.
+
+    ``models`` are models and tokenizers, by the trainer's arguments.
+    """
+    inputs = inputs_of(args.method)
+    signals = {}
+    for name, signal, ask in (
+        ("shaping", SHAPING, _ask_teacher),
+        ("oracle_rewards", REWARDS, _ask_oracle),
+    ):
+        model, tokenizer = models[signal.argument]
+        is_read = name in inputs and not (name == "shaping" and args.alpha == 0)
+        if model is not None and not is_read:
+            reason = f"the loss reads no {name} (method={args.method!r}, alpha={args.alpha})"
+            refuse(signal.argument, f"None, since {reason}", type(model).__name__)
+        if model is student:
+            refuse(signal.argument, "another model than the student", "the student itself")
+        if name == "shaping" and name in inputs and model is None:
+            args.refuse_set(OF_TEACHER, "there is no teacher_model that it is for")
+        if is_read:
+            signals[name] = signal if model is None else ask(args, model, tokenizer)
+    return signals
+
+
+def _ask_teacher(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Signal:
     model, tokenizer = load_frozen("teacher_model", teacher, tokenizer)
     options = args.shaping_options()
 
@@ -142,16 +164,13 @@ def shaping_signal(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Sign
     def compute(dataset: Any, name: str) -> Any:
         if not isinstance(dataset, Dataset):
             refuse(f"{name}_dataset", "a Dataset to precompute", type(dataset).__name__)
+        file = Path(args.output_dir) / f"{name}-shaping.parquet"
+        sizes = {
+            "max_length": args.max_length,
+            "batch_size": args.per_device_train_batch_size,
+        }
         try:
-            found = add_shaping(
-                dataset,
-                model,
-                tokenizer,
-                Path(args.output_dir) / f"{name}-shaping.parquet",
-                max_length=args.max_length,
-                batch_size=args.per_device_train_batch_size,
-                **options,
-            )
+            found = add_shaping(dataset, model, tokenizer, file, **sizes, **options)
         except BadRowsError as error:
             raise ValueError(
                 f"{name}_dataset: expected rows that the teacher can read; take the others "
@@ -168,10 +187,7 @@ def shaping_signal(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Sign
     return replace(SHAPING, read=Reader("teacher_model", model, tokenizer, at_head))
 
 
-def rewards_signal(args: PreferenceConfig, oracle: Any, tokenizer: Any) -> Signal:
-    """An oracle's rewards."""
-    if oracle is None:
-        return REWARDS
+def _ask_oracle(args: PreferenceConfig, oracle: Any, tokenizer: Any) -> Signal:
     model, tokenizer = load_frozen("oracle_model", oracle, tokenizer)
     if isinstance(oracle, str):
         load_reward_head(model, oracle)
@@ -241,16 +257,17 @@ def warn_of_other_lengths(dataset: Any, max_length: int | None) -> None:
     if not known or teachers == max_length or not isinstance(dataset, Dataset):
         return
     limit = min(length for length in (teachers, max_length) if length is not None)
-    tokens = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format(None)
-    cut = sum(
-        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > limit
-        for row in tokens
+    prompts, chosen, rejected = (
+        dataset.with_format(None)[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
+    lengths = (
+        len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)
+    )
+    cut = sum(length > limit for length in lengths)
     if cut:
         warnings.warn(
             f"max_length={max_length}, but chosen_shaping and rejected_shaping were made with "
             f"max_length={teachers}: in {cut} rows the teacher's numbers are not of the tokens "
             "that the student reads; use the same number for both",
-            UserWarning,
             stacklevel=3,
         )

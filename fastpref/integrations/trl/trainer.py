@@ -36,8 +36,7 @@ from fastpref.integrations.trl.signals import (
     Reader,
     Signal,
     missing_columns,
-    rewards_signal,
-    shaping_signal,
+    signals_of,
     warn_of_other_lengths,
 )
 from fastpref.losses import METHODS
@@ -136,21 +135,11 @@ class PreferenceTrainer(SavesRewardHead):
         if ref_model is not None and not args.has_reference():
             refuse("ref_model", "None, or reference_free=False", type(ref_model).__name__)
         refuse_adapters(model, peft_config)
-        signals = {}
-        for name, make, argument, frozen, tokenizer in (
-            ("shaping", shaping_signal, "teacher_model", teacher_model, teacher_processing_class),
-            ("oracle_rewards", rewards_signal, "oracle_model", oracle_model,
-             oracle_processing_class),
-        ):  # fmt: skip
-            if name not in inputs_of(args.method):
-                if frozen is not None:
-                    refuse(argument, f"None, since {args.method} reads no {name}", "a model")
-                continue
-            if frozen is not None and frozen is model:
-                refuse(argument, "another model than the student", "the student itself")
-            signal = make(args, frozen, tokenizer)
-            if signal is not None:
-                signals[name] = signal
+        models = {
+            "teacher_model": (teacher_model, teacher_processing_class),
+            "oracle_model": (oracle_model, oracle_processing_class),
+        }
+        signals = signals_of(args, model, models)
         super().__init__(
             model,
             ref_model,
@@ -275,8 +264,8 @@ class PreferenceTrainer(SavesRewardHead):
             logps, mask = found.logps, targets != IGNORE_INDEX
             metrics |= token_metrics(found, mask[:count], len(states) // 2)
             metrics |= logit_metrics(states, head, mask)
-        given = {"chosen" if "chosen" in inputs else "responses": sum_responses(logps, read[2])}
-        given |= signals
+        which = "chosen" if "chosen" in inputs else "responses"
+        given: dict[str, Any] = {which: sum_responses(logps, read[2]), **signals}
         for name in OF_REWARD_HEAD:
             if name in inputs:
                 student = self.accelerator.unwrap_model(self.model)
@@ -306,22 +295,17 @@ class PreferenceTrainer(SavesRewardHead):
 
 
 class TVKDTrainer(PreferenceTrainer):
-    r"""Train a student on preferences, shaped by the values of a preference-tuned teacher.
+    """`PreferenceTrainer` for TVKD: a student shaped by the values of a preference-tuned teacher.
 
-    .. math:: L = -\log \sigma(m_w - m_l), \qquad
-              m = \beta \sum_t \log \pi_\theta(a_t | s_t) - \alpha \sum_t \psi(s_t, a_t)
-
-    TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025): `PreferenceTrainer` with
-    ``method="tvkd"``, which says what its arguments are. The shaping comes from the dataset, or
-    from ``teacher_model``: in every step, where teacher and student share a tokenizer, or once up
-    front (``precompute_shaping``).
+    The loss is `fastpref.losses.tvkd`. The shaping comes from the dataset (from ``fastpref
+    values``), or from ``teacher_model``: in every step, where teacher and student share a
+    tokenizer, or once up front (``precompute_shaping``).
 
     Example:
         >>> from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
         >>> def train(student, pairs):
         ...     args = TVKDConfig("student-tvkd", beta=0.01, alpha=0.7)
-        ...     trainer = TVKDTrainer(student, args=args, train_dataset=pairs)
-        ...     return trainer.train()
+        ...     return TVKDTrainer(student, args=args, train_dataset=pairs).train()
     """
 
     config_class = TVKDConfig
@@ -329,23 +313,17 @@ class TVKDTrainer(PreferenceTrainer):
 
 
 class DRDOTrainer(PreferenceTrainer):
-    r"""Train a student to match an oracle's reward differences while it learns preferences.
+    """`PreferenceTrainer` for DRDO: a student matches an oracle's rewards as it learns preferences.
 
-    .. math:: L = (\Delta r^* - \Delta \hat r)^2
-              - \alpha (1 - p_w)^\gamma \log \frac{\pi_\theta(y_w)}{1 - \pi_\theta(y_l)}
-
-    DRDO (Direct Reward Distillation and policy-Optimization), equation 7: `PreferenceTrainer` with
-    ``method="drdo"``, which says what its arguments are. The student gets a linear reward head,
-    and ``rewards/*`` are the student's own.
+    The loss is `fastpref.losses.drdo`. The student gets a linear reward head, saved beside it, and
+    ``rewards/*`` are its own.
 
     Example:
         >>> from fastpref.integrations.trl import DRDOConfig, DRDOTrainer
         >>> def train(student, oracle_folder, pairs):
         ...     args = DRDOConfig("student-drdo", length_normalize=True)
-        ...     trainer = DRDOTrainer(
-        ...         student, args=args, oracle_model=oracle_folder, train_dataset=pairs
-        ...     )
-        ...     return trainer.train()
+        ...     models = {"model": student, "oracle_model": oracle_folder}
+        ...     return DRDOTrainer(**models, args=args, train_dataset=pairs).train()
     """
 
     config_class = DRDOConfig
@@ -353,13 +331,10 @@ class DRDOTrainer(PreferenceTrainer):
 
 
 class OracleTrainer(PreferenceTrainer):
-    r"""Train a language model with a linear reward head to tell chosen from rejected.
+    """`PreferenceTrainer` for DRDO's first stage: what it saves is an ``oracle_model``.
 
-    .. math:: L = -\log \sigma(r_w - r_l) - \frac{\lambda}{|y_w|} \log \pi(y_w)
-
-    DRDO (Direct Reward Distillation and policy-Optimization), equation 6: `PreferenceTrainer` with
-    ``method="oracle"``, which says what its arguments are. What it saves is an ``oracle_model`` for
-    `DRDOTrainer`. Only the reward head reads the rejected responses: entropy is of the chosen ones.
+    The loss is `fastpref.losses.oracle`. Of the rejected responses only the reward head reads
+    something, so that entropy is of the chosen ones.
 
     Example:
         >>> from fastpref.integrations.trl import OracleConfig, OracleTrainer
@@ -370,7 +345,7 @@ class OracleTrainer(PreferenceTrainer):
     """
 
     config_class = OracleConfig
-    _paper = {"title": "Direct Reward Distillation and policy-Optimization (DRDO)"}
+    _paper = DRDOTrainer._paper
 
 
 def prepared(dataset: Any, name: str, signals: Mapping[str, Signal]) -> Any:
@@ -382,8 +357,7 @@ def prepared(dataset: Any, name: str, signals: Mapping[str, Signal]) -> Any:
     if len(missing_columns(dataset, ("image", "images"))) < 2:
         refuse(f"{name}_dataset", "text", "images")
     for signal in signals.values():
-        if signal.columns != REFERENCE.columns:
-            dataset = signal.prepare(dataset, name)
+        dataset = signal.prepare(dataset, name)
     return dataset
 
 
@@ -403,16 +377,13 @@ def refuse_adapters(model: Any, peft_config: Any) -> None:
 def take_over_head(model: Any) -> None:
     """`add_fused_head`, in place of TRL's own fused head where that is outermost."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    function = getattr(bare.__dict__.get("forward"), "__func__", None)
-    if getattr(function, "__module__", None) and function.__globals__ is _GLOBALS_OF_TRL:
-        before = inspect.getclosurevars(function).nonlocals["original_forward"]
+    forward = bare.__dict__.get("forward")
+    if inspect.ismethod(forward) and forward.__func__.__globals__ is add_fused_lm_head.__globals__:
+        below = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
         del bare.forward
-        if before != bare.forward:  # somebody else's, accelerate's hooks for example
-            bare.forward = before
+        if below != bare.forward:  # somebody else's, accelerate's hooks for example
+            bare.forward = below
     add_fused_head(bare)
-
-
-_GLOBALS_OF_TRL = inspect.unwrap(add_fused_lm_head).__globals__
 
 
 def shifted_labels(inputs: dict[str, Tensor]) -> Tensor:
