@@ -19,8 +19,10 @@ from training import (
 
 from fastpref import reference
 from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
+from fastpref.integrations.trl.signals import SHAPING
 from fastpref.teacher import add_shaping
 
+OF_TABLE_5 = {"potential": "margin", "terminal": "zero", "gamma": 0.5}
 OF_TEACHER = {"gamma": 0.9, "temperature": 2.0, "form": "next_value"}
 
 
@@ -76,7 +78,7 @@ def test_the_loss_is_the_formula(tmp_path, settings):
     ("of_teacher", "settings"),
     [({}, {}), ({"max_length": 16}, {"max_length": 16}),
      (OF_TEACHER, {"gamma": 0.9, "value_temperature": 2.0, "form": "next_value"}),
-     ({"potential": "margin", "terminal": "zero"}, {"potential": "margin", "terminal": "zero"})],
+     (OF_TABLE_5, OF_TABLE_5)],
     ids=["plain", "truncated", "options", "potential"],
 )  # fmt: skip
 def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settings):
@@ -85,7 +87,7 @@ def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settin
     up_front = with_teacher(
         tmp_path / "up front", settings={**settings, "precompute_shaping": True}
     )
-    assert up_front.teacher_model is None
+    assert up_front.signals["shaping"] == SHAPING, "the teacher is still in memory"
     assert_same(history(up_front), along)
     teacher = tiny_model(TOKENIZER, seed=7)
     data = add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", **of_teacher)
@@ -123,7 +125,7 @@ def test_a_teacher_and_a_reference(tmp_path):
 def test_a_teacher_that_reads_along_is_frozen(tmp_path):
     found = with_teacher(tmp_path)
     found.train()
-    teacher = found.teacher_model
+    teacher = found.signals["shaping"].read.model
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
@@ -180,7 +182,6 @@ def test_new_pairs_after_training(tmp_path):
 def test_what_a_tensor_parallel_vocabulary_does_not_say(tmp_path):
     found = tvkd(tmp_path, train_dataset=dataset(**signal("shaping")))
     found._tp_size = 2
-    found.state.logging_steps = 1
     found.compute_loss(found.model, batch_of(found))
     assert "logps/chosen" in found._metrics["train"]
     assert "entropy" not in found._metrics["train"]
@@ -227,7 +228,6 @@ def test_no_logits_exist(tmp_path, frozen):
         teacher_model=tiny_model(TOKENIZER, seed=7, vocab_size=vocab_size, hidden_size=4),
         teacher_processing_class=TOKENIZER,
     )  # fmt: skip
-    found.state.logging_steps = 1  # as training sets it
     batch = batch_of(found)
     logits = batch["input_ids"].numel() * vocab_size * 4
     head = vocab_size * 4 * 4
@@ -236,7 +236,7 @@ def test_no_logits_exist(tmp_path, frozen):
         found.compute_loss(found.model, dict(batch)).backward()
 
     step()
-    assert found._metrics["train"]["entropy"], "this step logs"
+    assert found._metrics["train"]["entropy"]
     peak = peak_bytes_of(step)
     # Gradients of head and embedding, as they are computed and added up; and tiles of 12 MiB.
     assert peak < 6 * head + 2 * 12 * 2**20 < logits / 3

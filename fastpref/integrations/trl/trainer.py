@@ -43,7 +43,7 @@ from fastpref.losses import METHODS
 from fastpref.models.fused_head import add_fused_head
 from fastpref.models.reward_head import rewards_at_head
 from fastpref.ops import Head, linear_logps, linear_logps_with_stats
-from fastpref.responses import sum_responses
+from fastpref.responses import Tokens, sum_responses
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.tokens import IGNORE_INDEX
 
@@ -254,25 +254,26 @@ class PreferenceTrainer(SavesRewardHead):
         labels = labels.to(states.device)
         signals = {name: values.to(states.device) for name, values in signals.items()}
         targets = labels_of_states(labels, None, IGNORE_INDEX)  # (2B, T + 1)
-        count = len(states) // 2 if "chosen" in inputs else len(states)
-        read = (states[:count], head, targets[:count])
+        mask = targets != IGNORE_INDEX
+        rows = len(states) // 2 if "chosen" in inputs else len(states)
+        read = (states[:rows], head, targets[:rows])
         metrics = signal_metrics(signals)
         if self._tp_size > 1:  # the head is sharded over the vocabulary
             logps = linear_logps(*read, scratch_bytes=self.args.scratch_bytes)
         else:
             found = linear_logps_with_stats(*read, scratch_bytes=self.args.scratch_bytes)
-            logps, mask = found.logps, targets != IGNORE_INDEX
-            metrics |= token_metrics(found, mask[:count], len(states) // 2)
+            logps = found.logps
+            metrics |= token_metrics(found, mask[:rows], len(states) // 2)
             metrics |= logit_metrics(states, head, mask)
-        which = "chosen" if "chosen" in inputs else "responses"
-        given: dict[str, Any] = {which: sum_responses(logps, read[2]), **signals}
         for name in OF_REWARD_HEAD:
             if name in inputs:
                 student = self.accelerator.unwrap_model(self.model)
-                given[name] = rewards_at_head(student, states, labels)
+                signals[name] = rewards_at_head(student, states, labels)
         if inputs.get("shaping"):  # which alpha=0 does not read
-            given.setdefault("shaping", states.new_zeros(len(states)))
-        output = METHODS[self.args.method](**given, **options)
+            signals.setdefault("shaping", states.new_zeros(len(states)))
+        # Not summed yet: a pair kernel does that where there is one.
+        tokens = Tokens(logps, mask[:rows], None, None)
+        output = METHODS[self.args.method](tokens, **signals, **options)
         return {"loss": output.loss, **output_metrics(output, options), **metrics}
 
     def _record(self, mode: str, metrics: dict[str, Tensor], tokens: Tensor) -> None:
