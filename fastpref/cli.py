@@ -6,16 +6,21 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from fastpref import __version__
+from fastpref.data import read_rows
+from fastpref.extras import require_extra
+from fastpref.teacher import add_shaping, load_teacher
 from fastpref.teacher.model import Dtype
+from fastpref.teacher.precompute import ShapingOptions, check_arguments
+from fastpref.teacher.processes import this_process
 from fastpref.teacher.shaping import Form, Potential, Terminal
+from fastpref.teacher.store import read_settings
 
 try:
-    import accelerate  # noqa: F401
-    import datasets
-    import transformers
+    require_extra("teacher", "the command", "accelerate", "datasets", "transformers", "typer")
     import typer
 except ImportError as error:
-    sys.exit(f"fastpref: {error}; the command needs: pip install 'fastpref[teacher]'")
+    sys.exit(f"fastpref: {error}")
 
 app = typer.Typer(
     add_completion=False,
@@ -25,8 +30,21 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def fastpref() -> None:
+def fastpref(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
     """Fused losses for preference distillation, and what can be computed before training."""
 
 
@@ -81,13 +99,11 @@ def values(
     Stopped at any moment and started again with the same arguments, it goes on where it was. On
     several GPUs: torchrun --nproc-per-node 4 -m fastpref values ...
     """
-    from fastpref.teacher.model import load_teacher
-    from fastpref.teacher.precompute import add_shaping, check_sizes
-    from fastpref.teacher.processes import this_process
-    from fastpref.teacher.rows import read_rows
-    from fastpref.teacher.store import read_settings
+    import datasets
+    import transformers
 
-    check_sizes(output, max_length, batch_size)
+    options = ShapingOptions(potential, temperature, gamma, terminal, form)
+    check_arguments(output, options, max_length, batch_size)
     # What these two say and draw is not about values; errors are raised all the same.
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
@@ -100,11 +116,7 @@ def values(
         model,
         tokenizer,
         output,
-        potential=potential,
-        temperature=temperature,
-        gamma=gamma,
-        terminal=terminal,
-        form=form,
+        **options._asdict(),
         per_token=per_token,
         max_length=max_length,
         batch_size=batch_size,
@@ -121,5 +133,5 @@ def main() -> None:
     """Run the command; what is wrong with its input is one line and exit code 1."""
     try:
         app()
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ImportError, ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"fastpref: {' '.join(str(error).split())}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastpref
+from fastpref.extras import require_extra
 
 ROOT = Path(fastpref.__file__).resolve().parents[1]
 
@@ -40,6 +42,38 @@ def test_kernels_are_found_inside_the_package():
     assert Path(spec.origin).resolve() == ROOT / "kernels" / "tiles.py"
 
 
+IMPORTS = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in LIBRARIES:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+LIBRARIES = {"accelerate", "datasets", "numpy", "packaging", "pyarrow", "safetensors", "tqdm",
+             "transformers", "triton", "trl", "typer"}
+sys.meta_path.insert(0, Missing())
+import fastpref, fastpref.data, fastpref.parallel, fastpref.teacher
+print(fastpref.__version__)
+"""
+
+
+def test_importing_needs_torch_only():
+    """`make check-install` asks the same of an installed wheel, and more."""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORTS],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == fastpref.__version__, found.stderr
+
+
+def test_what_needs_an_extra_says_so():
+    require_extra("teacher", "some_function", "torch")
+    advice = "some_function needs no_such_library: pip install '.[teacher]' in a clone of fastpref"
+    with pytest.raises(ImportError, match=re.escape(advice)):
+        require_extra("teacher", "some_function", "torch", "no_such_library")
+
+
 @pytest.mark.parametrize("name", fastpref.__all__)
 def test_every_public_name_is_documented(name):
     assert getattr(fastpref, name).__doc__
@@ -48,19 +82,30 @@ def test_every_public_name_is_documented(name):
 # What each part may import of fastpref besides itself.
 MAY_IMPORT = {
     "checks": (),
-    "reference": ("ops.head",),
+    "extras": (),
     "kernels": (),
+    "data": ("checks", "extras"),
     "sequences": ("checks",),
-    "ops": ("checks", "kernels.logsumexp", "kernels.statistics", "kernels.tiles"),
+    "ops": ("checks", "kernels.logsumexp", "kernels.statistics", "kernels.tiles", "parallel"),
+    "parallel": ("checks", "ops"),  # ops imports it where a head is spread over processes
+    "reference": ("ops.head",),
+    "responses": ("checks", "sequences"),
     "rewards": ("checks", "ops", "sequences"),
-    "losses": ("checks", "kernels.drdo_pairs", "kernels.tvkd_pairs", "ops", "sequences"),
-    "parallel": ("checks", "ops"),
-    "integrations": ("checks", "ops", "rewards"),
-    "integrations.trl": ("checks", "integrations", "losses", "ops", "sequences", "teacher"),
-    "teacher": ("checks", "integrations", "ops", "sequences"),
-    "cli": ("teacher",),
+    "losses": ("checks", "kernels.pairs", "ops.backend", "responses", "sequences"),
+    "linear_losses": ("checks", "losses", "ops", "responses", "sequences"),
+    "models": ("checks", "extras", "ops", "rewards"),
+    "teacher": ("checks", "data", "extras", "models", "ops", "sequences"),
+    "integrations": (),
+    "integrations.trl": (
+        *("checks", "data", "extras", "losses", "models"),
+        *("ops", "responses", "sequences", "teacher"),
+    ),
+    "cli": ("__version__", "data", "extras", "teacher"),
     "__main__": ("cli",),
-    "__init__": ("losses", "ops", "rewards", "teacher"),
+    "__init__": (
+        *("data", "linear_losses", "losses", "ops"),
+        *("responses", "rewards", "teacher"),
+    ),
 }
 MODULES = {
     ".".join(file.relative_to(ROOT / "fastpref").with_suffix("").parts): file
@@ -114,7 +159,8 @@ def test_data_flows_one_way(module):
         ("losses.drdo", "from fastpref.kernels.tiles import fold_tile"),
         ("losses.drdo", "from fastpref import reference"),
         ("sequences", "from .ops.matmul import multiply"),
-        ("teacher.rows", "from fastpref.reference import linear_logps"),
+        ("teacher.model", "from fastpref.reference import linear_logps"),
+        ("data.rows", "from fastpref.teacher import add_shaping"),
     ],
 )
 def test_what_does_not_flow_is_seen(module, source):

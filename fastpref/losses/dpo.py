@@ -5,13 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastpref.checks import Positive, Smoothing
-from fastpref.losses.pairs import (
-    LossOutput,
-    difference,
-    pair_loss,
-    pair_output,
-    preference_losses,
-)
+from fastpref.losses.pairs import LossOutput, margins, pair_loss, pair_output, preference_losses
 from fastpref.responses import Responses
 
 
@@ -49,7 +43,7 @@ def dpo(
         0.5981
     """
     rewards = beta * (responses.logps - ref_logps)
-    return pair_output(preference_losses(difference(rewards), label_smoothing), responses, rewards)
+    return pair_output(preference_losses(margins(rewards), label_smoothing), responses, rewards)
 
 
 @pair_loss
@@ -90,5 +84,5 @@ def ipo(
     ratios = responses.logps - ref_logps
     if length_normalize:
         ratios = responses.per_token(ratios)
-    losses = (difference(ratios) - 1 / (2 * beta)).square()
+    losses = (margins(ratios) - 1 / (2 * beta)).square()
     return pair_output(losses, responses, beta * ratios)

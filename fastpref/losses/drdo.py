@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref.checks import NonNegative
-from fastpref.losses.pairs import difference, halves, pair_loss
+from fastpref.losses.pairs import halves, margins, pair_loss
 from fastpref.responses import Responses
 
 
@@ -73,7 +73,7 @@ def drdo(
         >>> rewards.grad
         tensor([-4.,  4.])
     """
-    reward_losses = difference(oracle_rewards - student_rewards).square()
+    reward_losses = margins(oracle_rewards - student_rewards).square()
     z = responses.per_token(responses.logps) if length_normalize else responses.logps
     chosen, rejected = z.chunk(2)
     focal = torch.exp(gamma * logsigmoid(rejected - chosen))

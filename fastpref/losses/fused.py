@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpref.losses.drdo import DRDOOutput, drdo_output
-from fastpref.losses.pairs import LossOutput, log_ratios, pair_output
+from fastpref.losses.pairs import LossOutput, pair_output
 from fastpref.responses import Responses, Tokens
 from fastpref.sequences import offsets, sequence_of_position
 
@@ -34,7 +34,7 @@ def fused_tvkd(
         "tvkd", tokens, shaping if alpha else None, ref_logps, beta, alpha, label_smoothing,
         length_normalize=length_normalize,
     )  # fmt: skip
-    rewards = beta * log_ratios(responses.logps, ref_logps)
+    rewards = beta * (responses.logps if ref_logps is None else responses.logps - ref_logps)
     if length_normalize:
         rewards = responses.per_token(rewards)
     return pair_output(losses, responses, rewards, sft_weight)
@@ -68,10 +68,7 @@ def _pair_losses(
     tokens: Tokens,
     x: Tensor | None,  # (2B,)
     y: Tensor | None,  # (2B,)
-    a: float,
-    b: float,
-    c: float,
-    *,
+    *options: float,
     length_normalize: bool,
 ) -> tuple[Tensor, Tensor, Responses]:
     """Losses (B,), their terms (2, B), and the sums without weights."""
@@ -83,9 +80,7 @@ def _pair_losses(
         None if tokens.token_weights is None else tokens.token_weights.reshape(-1),
         x,
         y,
-        float(a),
-        float(b),
-        float(c),
+        *options,
         length_normalize,
     )
     return losses, terms, Responses(sums, lengths)

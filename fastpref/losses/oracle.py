@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastpref.checks import NonNegative
-from fastpref.losses.pairs import difference, halves, pair_loss, preference_losses
+from fastpref.losses.pairs import halves, margins, pair_loss, preference_losses
 from fastpref.responses import Responses
 
 
@@ -48,7 +48,7 @@ def oracle(chosen: Responses, rewards: Tensor, *, sft_weight: NonNegative = 0.1)
         >>> round(oracle(chosen, torch.zeros(4), sft_weight=0.1).loss.item(), 4)
         1.0931
     """
-    preference_loss = preference_losses(difference(rewards)).mean()
+    preference_loss = preference_losses(margins(rewards)).mean()
     nll_loss = -chosen.per_token(chosen.logps).mean()
     return OracleOutput(
         preference_loss + sft_weight * nll_loss,

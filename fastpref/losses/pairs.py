@@ -122,20 +122,15 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def difference(values: Tensor) -> Tensor:
+def margins(values: Tensor) -> Tensor:
     """Chosen minus rejected: (2B,) to (B,)."""
     chosen, rejected = values.chunk(2)
     return chosen - rejected
 
 
-def preference_losses(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Bradley-Terry losses of ``margins`` (B,), as cDPO smooths them: (B,)."""
-    losses = -logsigmoid(margins)
+def preference_losses(differences: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Bradley-Terry losses of `margins` (B,), as cDPO smooths them: (B,)."""
+    losses = -logsigmoid(differences)
     if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * logsigmoid(-margins)
+        losses = (1 - label_smoothing) * losses - label_smoothing * logsigmoid(-differences)
     return losses
-
-
-def log_ratios(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """Log-probabilities (2B,) relative to a reference's, where there is one."""
-    return logps if ref_logps is None else logps - ref_logps

@@ -5,14 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastpref.checks import NonNegative, Positive, Smoothing
-from fastpref.losses.pairs import (
-    LossOutput,
-    difference,
-    log_ratios,
-    pair_loss,
-    pair_output,
-    preference_losses,
-)
+from fastpref.losses.pairs import LossOutput, margins, pair_loss, pair_output, preference_losses
 from fastpref.responses import Responses
 
 
@@ -59,11 +52,12 @@ def tvkd(
         >>> round(tvkd(responses, torch.tensor([1.0, 0.0])).loss.item(), 4)
         1.1711
     """
-    values = beta * log_ratios(responses.logps, ref_logps)
+    reference = 0.0 if ref_logps is None else ref_logps
+    values = beta * (responses.logps - reference)
     if alpha:
         values = values - alpha * shaping
-    rewards = beta * log_ratios(responses.likelihoods(), ref_logps)
+    rewards = beta * (responses.likelihoods() - reference)
     if length_normalize:
         values, rewards = responses.per_token(values), responses.per_token(rewards)
-    losses = preference_losses(difference(values), label_smoothing)
+    losses = preference_losses(margins(values), label_smoothing)
     return pair_output(losses, responses, rewards, sft_weight)

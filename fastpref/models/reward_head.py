@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import refuse
+from fastpref.extras import require_extra
 from fastpref.models.fused_head import call_as
 from fastpref.models.lm_head import head_module
 from fastpref.rewards import sequence_rewards
@@ -68,6 +69,7 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
 
     Raises:
         ValueError: A folder without a reward head, or with one for another hidden size.
+        ImportError: Without the extra "teacher".
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -76,6 +78,7 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
         ...     load_reward_head(model, folder)
         ...     return model
     """
+    require_extra("teacher", "load_reward_head", "safetensors")
     from safetensors.torch import load_file
 
     file = Path(folder) / FILE
@@ -96,6 +99,7 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
 
 def save_reward_head(state_dict: dict[str, Tensor], folder: str | Path) -> None:
     """Write the reward head that `take_reward_head` took to its own file."""
+    require_extra("teacher", "save_reward_head", "safetensors")
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in state_dict.items()}, Path(folder) / FILE)

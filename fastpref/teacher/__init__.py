@@ -1,9 +1,9 @@
 """The teacher's side of TVKD: what it thinks of a response, as one number."""
 
+from fastpref.data.rows import BadRow, BadRowsError, read_rows
 from fastpref.teacher.actions import action_rewards
 from fastpref.teacher.model import load_teacher
 from fastpref.teacher.precompute import add_shaping, load_shaping
-from fastpref.teacher.rows import BadRow, BadRowsError, read_rows
 from fastpref.teacher.shaping import shaping_from_values, teacher_shaping
 
 __all__ = [

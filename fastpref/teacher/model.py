@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fastpref.checks import check_choice
+from fastpref.extras import require_extra
 from fastpref.teacher.processes import this_process
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,14 +33,16 @@ def load_teacher(
 
     Raises:
         ValueError: A dtype that is not one of these, or nothing to load under this name.
+        ImportError: Without the extra "teacher".
 
     Example:
         >>> def large_teacher():
         ...     return load_teacher("meta-llama/Llama-3.1-8B-Instruct", device_map="auto")
     """
+    check_choice("dtype", dtype, get_args(Dtype))
+    require_extra("teacher", "fastpref.teacher.load_teacher", "accelerate", "transformers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    check_choice("dtype", dtype, get_args(Dtype))
     device = this_process().device
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"

@@ -5,18 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fastpref.checks import refuse
+from fastpref.checks import check_choice, check_number, refuse
+from fastpref.data.rows import BadRowsError, read_rows
+from fastpref.data.tokens import (
+    IGNORE_INDEX,
+    TokenizedPair,
+    check_max_length,
+    pad_pairs,
+    tokenize_rows,
+    tokenizer_settings,
+)
+from fastpref.extras import require_extra
 from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.model import model_settings
 from fastpref.teacher.processes import this_process
-from fastpref.teacher.rows import BadRowsError, read_rows
 from fastpref.teacher.shaping import (
     Form,
     Potential,
@@ -32,13 +41,6 @@ from fastpref.teacher.store import (
     shaping_feature,
     to_float32,
     write_dataset,
-)
-from fastpref.teacher.tokens import (
-    IGNORE_INDEX,
-    TokenizedPair,
-    pad_pairs,
-    tokenize_rows,
-    tokenizer_settings,
 )
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ def add_shaping(
     Raises:
         ValueError: Rows that cannot be used, by their index; a model whose head fastpref does not
             know; an output that was made with other settings; a setting out of range.
+        ImportError: Without the extra "teacher".
 
     Example:
         >>> from fastpref.teacher import add_shaping, load_teacher
@@ -116,7 +119,12 @@ def add_shaping(
     """
     options = ShapingOptions(potential, temperature, gamma, terminal, form)
     output = Path(output)
-    check_sizes(output, max_length, batch_size)
+    check_arguments(output, options, max_length, batch_size)
+    require_extra(
+        "teacher",
+        "fastpref.teacher.add_shaping",
+        *("accelerate", "datasets", "safetensors", "tqdm", "transformers", "trl"),
+    )
     head = lm_head_of(model)
     model.eval()
     rows = _rows_of(dataset)
@@ -173,11 +181,13 @@ def load_shaping(file: str | Path, **expected: Any) -> datasets.Dataset:
 
     Raises:
         ValueError: A file that was made with other settings, or not by fastpref.
+        ImportError: Without the extra "teacher".
 
     Example:
         >>> def load():
         ...     return load_shaping("pairs-with-values.parquet", potential="value", gamma=1.0)
     """
+    require_extra("teacher", "fastpref.teacher.load_shaping", "datasets")
     import datasets
 
     file = Path(file)
@@ -185,14 +195,20 @@ def load_shaping(file: str | Path, **expected: Any) -> datasets.Dataset:
     return datasets.Dataset.from_parquet(str(file))
 
 
-def check_sizes(output: Path, max_length: int | None, batch_size: int) -> None:
+def check_arguments(
+    output: Path, options: ShapingOptions, max_length: int | None, batch_size: int
+) -> None:
     """Refuse what would fail only after the model has been loaded."""
     if output.suffix != ".parquet":
         refuse("output", "a file name that ends in .parquet", repr(str(output)))
     if batch_size < 1:
         refuse("batch_size", "a number of pairs, at least 1", repr(batch_size))
-    if max_length is not None and max_length < 2:
-        refuse("max_length", "a number of tokens, at least 2, or None", repr(max_length))
+    check_max_length(max_length)
+    check_choice("potential", options.potential, get_args(Potential))
+    check_choice("terminal", options.terminal, get_args(Terminal))
+    check_choice("form", options.form, get_args(Form))
+    check_number("temperature", options.temperature, above=0)
+    check_number("gamma", options.gamma, at_least=0)
 
 
 def plan(pairs: list[TokenizedPair], batch_size: int) -> list[list[TokenizedPair]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -44,6 +43,8 @@ class FinishedBatches:
 
     def save(self, number: int, results: dict[str, Tensor]) -> None:
         """Keep the results of a batch."""
+        from safetensors.torch import save_file
+
         file = self._file(number)
         temporary = _beside(file)
         save_file(results, temporary)
@@ -51,6 +52,8 @@ class FinishedBatches:
 
     def load(self, number: int) -> dict[str, Tensor]:
         """Results of a batch that is done."""
+        from safetensors.torch import load_file
+
         return load_file(self._file(number))
 
     @classmethod

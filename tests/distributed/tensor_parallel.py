@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from closeness import assert_no_worse
-from fastpref.parallel import vocab_parallel_logps
 from one_process import OneProcess, at_head, batch, processes, tiny_model, tvkd, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastpref
+from fastpref import Head
 from fastpref.models.fused_head import add_fused_head
 
 WIDTH = 6
@@ -62,6 +62,13 @@ def of_logits(dtype, vocabulary, options, **kind):
     return numbers(logps, lse, coefficients, hidden, weight, bias)
 
 
+def logps_and_lse(hidden, head, labels, options):
+    options = dict(options)
+    transform = {name: options.pop(name) for name in ("logit_scale", "softcap") if name in options}
+    head = head._replace(**transform)
+    return fastpref.linear_logps_with_stats(hidden, head, labels, **options)[:2]
+
+
 def of_dtensors(mesh, placements, vocabulary, options, *, hidden_is_dtensor=False, **kind):
     hidden, *head, labels, coefficients = tensors(vocabulary, **kind)
     weight, bias = (
@@ -73,7 +80,7 @@ def of_dtensors(mesh, placements, vocabulary, options, *, hidden_is_dtensor=Fals
     given = hidden
     if hidden_is_dtensor:
         given = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim)
-    logps, lse = fastpref.linear_logps(given, weight, labels, bias=bias, return_lse=True, **options)
+    logps, lse = logps_and_lse(given, Head(weight, bias), labels, options)
     assert not isinstance(logps, DTensor)
     return numbers(logps, lse, coefficients, hidden, weight, bias)
 
@@ -86,9 +93,8 @@ def of_shards(rank, vocabulary, options, **kind):
         None if one is None else one.detach()[rows].clone().requires_grad_(kind["trains"])
         for one in head
     )
-    logps, lse = vocab_parallel_logps(
-        hidden, weight, labels, group=dist.group.WORLD, bias=bias, return_lse=True, **options
-    )
+    head = Head(weight, bias, group=dist.group.WORLD)
+    logps, lse = logps_and_lse(hidden, head, labels, options)
     found = numbers(logps, lse, coefficients, hidden, weight, bias)
     parts = [[None, None] for _ in found[3:]]
     for place, one in zip(parts, found[3:], strict=True):
@@ -176,13 +182,11 @@ def check_masked_shard(mesh):
         bias[9:] = -torch.inf
         bias[labels[1, 1]] += 30
     whole_leaves = [one.detach().clone().requires_grad_() for one in (hidden, weight, bias)]
-    logps, lse = fastpref.linear_logps(
-        *whole_leaves[:2], labels, bias=whole_leaves[2], return_lse=True
-    )
+    logps, lse = logps_and_lse(whole_leaves[0], Head(*whole_leaves[1:]), labels, {})
     expected = numbers(logps, lse, coefficients, *whole_leaves)
     sharded = [distribute_tensor(one.detach(), mesh, [Shard(0)]) for one in (weight, bias)]
     sharded = [one.requires_grad_() for one in sharded]
-    logps, lse = fastpref.linear_logps(hidden, sharded[0], labels, bias=sharded[1], return_lse=True)
+    logps, lse = logps_and_lse(hidden, Head(*sharded), labels, {})
     for ours, theirs in zip(
         numbers(logps, lse, coefficients, hidden, *sharded), expected, strict=True
     ):
@@ -196,26 +200,23 @@ def check_refusals(mesh, unnamed):
     by_batch = DTensor.from_local(hidden[:1], mesh, [Shard(0)])
     wrong = labels.clone()
     wrong[1, 1] = 17
-    for words, call in {
-        "weight: expected a DTensor placed": lambda: fastpref.linear_logps(hidden, columns, labels),
-        "bias: expected": lambda: fastpref.linear_logps(hidden, sharded, labels, bias=bias),
-        "hidden: expected": lambda: fastpref.linear_logps(by_batch, sharded, labels),
-        "in [0, 17)": lambda: fastpref.linear_logps(hidden, sharded, wrong),
+    for words, arguments in {
+        "weight: expected a DTensor placed": (hidden, columns, labels),
+        "bias: expected": (hidden, Head(sharded, bias), labels),
+        "hidden: expected": (by_batch, sharded, labels),
+        "in [0, 17)": (hidden, sharded, wrong),
+        "weight: expected a plain": (hidden, Head(sharded, group=dist.group.WORLD), labels),
+        "group: expected": (hidden, Head(weight, group="tp"), labels),
     }.items():
-        refused(words, call)
+        refused(words, lambda arguments=arguments: fastpref.linear_logps(*arguments))
     with torch.no_grad():
         stats = {"stats": ["entropy"]}
-        refused("weight: expected", lambda: fastpref.linear_stats(hidden, sharded, **stats))
+        refused("head: expected", lambda: fastpref.linear_stats(hidden, sharded, **stats))
         gathered = distribute_tensor(weight, unnamed, [Shard(0)])
         found = fastpref.linear_stats(hidden, gathered, **stats)["entropy"]
         assert torch.equal(found, fastpref.linear_stats(hidden, weight, **stats)["entropy"])
         nan = fastpref.linear_logps(hidden, sharded, wrong, compact=False)
     assert nan[1, 1].isnan() and nan.isnan().sum() == 1
-    group = {"group": dist.group.WORLD}
-    refused(
-        "weight_shard: expected", lambda: vocab_parallel_logps(hidden, sharded, labels, **group)
-    )
-    refused("group: expected", lambda: vocab_parallel_logps(hidden, weight, labels, group=None))
 
 
 def refused(words, call):

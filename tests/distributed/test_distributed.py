@@ -25,7 +25,7 @@ def run_on_two(script, *arguments):
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(HERE.parent),
+            "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2])),
             "DS_ACCELERATOR": "cpu",
         },
     )

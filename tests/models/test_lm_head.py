@@ -219,14 +219,7 @@ def assert_logits_are_the_models(model: Any) -> None:
     head = lm_head_of(model)
     states, first = run(model)
     expected = model(input_ids=TOKEN_IDS).logits
-    logits = reference.logits(
-        states,
-        head.weight,
-        bias=head.bias,
-        temperature=1.0,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
+    logits = reference.logits(states, head)
     torch.testing.assert_close(logits, expected)
     assert first.shape == (2, 1, 40)
     torch.testing.assert_close(first, expected[:, :1])

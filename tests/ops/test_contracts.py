@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 import fastpref
+from fastpref import Head
 from fastpref.ops.linear_logps_op import (
     linear_logps_backward_op,
     linear_logps_op,
@@ -27,12 +28,11 @@ def leaves(dtype: torch.dtype, *, trained: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(trained, softcap):
     def logps_and_lse(hidden, weight, bias):
-        return fastpref.linear_logps(
-            hidden, weight, LABELS, bias=bias, softcap=softcap, temperature=0.7, return_lse=True
-        )
+        head = Head(weight, bias, softcap=softcap)
+        return fastpref.linear_logps_with_stats(hidden, head, LABELS, temperature=0.7)[:2]
 
     def logsumexp(hidden, weight, bias):
-        return fastpref.linear_logsumexp(hidden, weight, bias=bias, softcap=softcap)
+        return fastpref.linear_logsumexp(hidden, Head(weight, bias, softcap=softcap))
 
     for function in (logps_and_lse, logsumexp):
         assert torch.autograd.gradcheck(function, leaves(torch.float64, trained=trained))
@@ -72,7 +72,7 @@ def test_compiles_without_graph_breaks(trained):
     hidden, weight, bias = leaves(torch.float32, trained=trained)
 
     def total(hidden, weight, bias):
-        return fastpref.linear_logps(hidden, weight, LABELS, bias=bias).square().sum()
+        return fastpref.linear_logps(hidden, Head(weight, bias), LABELS).square().sum()
 
     wanted = [leaf for leaf in (hidden, weight, bias) if leaf.requires_grad]
     expected = torch.autograd.grad(total(hidden, weight, bias), wanted)
@@ -86,12 +86,13 @@ def test_compiles_without_graph_breaks(trained):
 def test_autocast_casts_like_a_linear_layer(trained):
     hidden, weight, bias = leaves(torch.float32, trained=trained)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = fastpref.linear_logps(hidden, weight, LABELS, bias=bias)
+        found = fastpref.linear_logps(hidden, Head(weight, bias), LABELS)
     found.sum().backward()
     halves = [
         leaf.detach().bfloat16().requires_grad_(leaf.requires_grad) for leaf in (hidden, weight)
     ]
-    expected = fastpref.linear_logps(*halves, LABELS, bias=bias.detach().bfloat16())
+    head = Head(halves[1], bias.detach().bfloat16())
+    expected = fastpref.linear_logps(halves[0], head, LABELS)
     torch.testing.assert_close(found, expected)
     assert found.dtype == torch.float32
     assert hidden.grad.dtype == torch.float32
@@ -101,9 +102,9 @@ def test_autocast_casts_like_a_linear_layer(trained):
 def test_autocast_leaves_float64_alone(trained):
     hidden, weight, bias = leaves(torch.float64, trained=trained)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = fastpref.linear_logps(hidden, weight, LABELS, bias=bias)
+        found = fastpref.linear_logps(hidden, Head(weight, bias), LABELS)
     assert found.dtype == torch.float64
-    assert torch.equal(found, fastpref.linear_logps(hidden, weight, LABELS, bias=bias))
+    assert torch.equal(found, fastpref.linear_logps(hidden, Head(weight, bias), LABELS))
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -128,7 +129,7 @@ def test_non_contiguous_inputs(trained):
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_retained_graph_gives_the_same_gradients_again(trained):
     hidden, weight, bias = leaves(torch.float32, trained=trained)
-    logps = fastpref.linear_logps(hidden, weight, LABELS, bias=bias, scratch_bytes=10**6)
+    logps = fastpref.linear_logps(hidden, Head(weight, bias), LABELS, scratch_bytes=10**6)
     first = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
     second = torch.autograd.grad(logps.sum(), hidden)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -137,7 +138,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(trained):
 @pytest.mark.parametrize("trained", [False, True])
 def test_second_derivatives_are_refused(trained):
     hidden, weight, bias = leaves(torch.float32, trained=trained)
-    logps = fastpref.linear_logps(hidden, weight, LABELS, bias=bias)
+    logps = fastpref.linear_logps(hidden, Head(weight, bias), LABELS)
     (gradient,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="fastpref"):
         gradient.sum().backward()
@@ -161,10 +162,10 @@ def test_opcheck_scaled_jacobian():
 def test_only_the_head_trains():
     _, weight, bias = leaves(torch.float32, trained=True)
     hidden = torch.randn(4, 5)
-    fastpref.linear_logps(hidden, weight, LABELS, bias=bias).sum().backward()
+    fastpref.linear_logps(hidden, Head(weight, bias), LABELS).sum().backward()
     expected = [one.grad.clone() for one in (weight, bias)]
     weight.grad = bias.grad = None
-    fastpref.linear_logps(hidden.requires_grad_(), weight, LABELS, bias=bias).sum().backward()
+    fastpref.linear_logps(hidden.requires_grad_(), Head(weight, bias), LABELS).sum().backward()
     for one, other in zip((weight, bias), expected, strict=True):
         torch.testing.assert_close(one.grad, other)
 

@@ -2,33 +2,32 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import DTYPES, Case, cases, reference_logps, reference_logsumexp
 from closeness import assert_no_worse
-from heads import DTYPES, Head, heads, reference_logps, reference_logsumexp
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastpref
+from fastpref import Head
 from fastpref.ops import tiling
 
 
-def run(head: Head, **more: object) -> torch.Tensor:
-    return fastpref.linear_logps(
-        head.hidden, head.weight, head.labels, bias=head.bias, **head.options, **more
-    )
+def run(case: Case, function=fastpref.linear_logps, **more: object):
+    return function(case.hidden, case.head, case.labels, **case.options, **more)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
-    head=heads(),
+    case=cases(),
     trained=st.booleans(),
     compact=st.booleans(),
     scratch_bytes=st.sampled_from([0, 4000, 10**7]),
 )
-def test_equals_the_reference(dtype, head, trained, compact, scratch_bytes):
+def test_equals_the_reference(dtype, case, trained, compact, scratch_bytes):
     exact, plain, ours = (
-        head.to(torch.float64, trained=trained)
+        case.to(torch.float64, trained=trained)
         if kind == "exact"
-        else head.to(dtype, trained=trained)
+        else case.to(dtype, trained=trained)
         for kind in ("exact", "plain", "ours")
     )
     # Rounding the inputs is not an error of the computation.
@@ -37,7 +36,7 @@ def test_equals_the_reference(dtype, head, trained, compact, scratch_bytes):
     found = run(ours, compact=compact, scratch_bytes=scratch_bytes)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_no_worse(found, rough, expected, dtype)
-    assert (found[head.labels == head.options["ignore_index"]] == 0).all()
+    assert (found[case.labels == case.options["ignore_index"]] == 0).all()
 
     incoming = torch.randn(found.shape, dtype=torch.float64)
     for values in (expected, rough, found):
@@ -50,13 +49,13 @@ def test_equals_the_reference(dtype, head, trained, compact, scratch_bytes):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@given(head=heads())
-def test_returns_a_differentiable_lse(trained, head):
+@given(case=cases())
+def test_returns_a_differentiable_lse(trained, case):
     exact, plain, ours = (
-        head.to(dtype, trained=trained) for dtype in (torch.float64, torch.float32, torch.float32)
+        case.to(dtype, trained=trained) for dtype in (torch.float64, torch.float32, torch.float32)
     )
-    valid = head.labels != head.options["ignore_index"]
-    logps, lse = run(ours, return_lse=True)
+    valid = case.labels != case.options["ignore_index"]
+    logps, lse, *_ = run(ours, fastpref.linear_logps_with_stats)
     expected = [(reference_logps(one), reference_logsumexp(one) * valid) for one in (exact, plain)]
     assert_no_worse(lse, expected[1][1], expected[0][1], torch.float32)
     weights = torch.randn(2, *lse.shape)
@@ -66,10 +65,10 @@ def test_returns_a_differentiable_lse(trained, head):
         assert_no_worse(*found, torch.float32)
 
 
-@given(head=heads(), trained=st.booleans(), scratch_bytes=st.sampled_from([0, 3000, 20000, 10**7]))
-def test_is_the_same_for_any_tiling(head, trained, scratch_bytes):
+@given(case=cases(), trained=st.booleans(), scratch_bytes=st.sampled_from([0, 3000, 20000, 10**7]))
+def test_is_the_same_for_any_tiling(case, trained, scratch_bytes):
     def logps_and_gradients() -> list[torch.Tensor]:
-        leaves = head.to(torch.float64, trained=trained)
+        leaves = case.to(torch.float64, trained=trained)
         logps = run(leaves, scratch_bytes=scratch_bytes)
         logps.sum().backward()
         return [logps.detach(), *leaves.gradients()]
@@ -101,8 +100,8 @@ def test_masked_vocabulary_counts_for_nothing():
     hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(10, 8)
     bias = torch.zeros(10).index_fill_(0, torch.tensor([0, 1, 2, 8, 9]), -torch.inf)
     labels = torch.tensor([3, 5, 7])
-    found = fastpref.linear_logps(hidden, weight, labels, bias=bias)
-    expected = reference_logps(Head(hidden, weight[3:8], None, labels - 3, {}))
+    found = fastpref.linear_logps(hidden, Head(weight, bias), labels)
+    expected = reference_logps(Case(hidden, Head(weight[3:8]), labels - 3))
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad(found.sum(), hidden)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), hidden)
@@ -141,24 +140,24 @@ def test_without_compaction_large_logits_of_ignored_rows_stay_out(
     hidden, weight = torch.randn(6, 8), torch.randn(50, 8)
     labels = torch.tensor([3, 7, ignore_index, 9, ignore_index, 1])
     hidden[labels == ignore_index] *= scale
-    head = Head(hidden, weight, None, labels, {"softcap": softcap, "ignore_index": ignore_index})
+    case = Case(hidden, Head(weight, softcap=softcap), labels, {"ignore_index": ignore_index})
 
-    def gradients(head: Head, **more: object) -> list[torch.Tensor]:
-        logps, lse = run(head, return_lse=True, **more)
+    def gradients(case: Case, **more: object) -> list[torch.Tensor]:
+        logps, lse, *_ = run(case, fastpref.linear_logps_with_stats, **more)
         (logps.sum() + lse.square().sum()).backward()
-        return head.gradients()
+        return case.gradients()
 
-    ours, compacted = (head.to(dtype, trained=trained) for _ in range(2))
+    ours, compacted = (case.to(dtype, trained=trained) for _ in range(2))
     exact = gradients(ours.to(torch.float64, trained=trained))
     found = gradients(ours, compact=False, scratch_bytes=scratch_bytes)
     for one in zip(found, gradients(compacted), exact, strict=True):
         assert_no_worse(*one, dtype)
 
 
-def plain_logps(head: Head) -> torch.Tensor:
+def plain_logps(case: Case) -> torch.Tensor:
     """As a model computes them: logits in its dtype, their log-softmax in float32."""
-    logits = (head.hidden @ head.weight.T).float() / head.options.get("temperature", 1.0)
-    return logits.log_softmax(-1).gather(-1, head.labels.unsqueeze(-1)).squeeze(-1)
+    logits = (case.hidden @ case.head.weight.T).float() / case.options.get("temperature", 1.0)
+    return logits.log_softmax(-1).gather(-1, case.labels.unsqueeze(-1)).squeeze(-1)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -169,9 +168,9 @@ def test_float16_keeps_the_gradients_that_a_loss_scale_lifts(confidence, trained
     labels = torch.randint(0, 500, (64,))
     own = weight[labels].float()
     hidden = (confidence * own / own.square().sum(-1, keepdim=True)).half()
-    head = Head(hidden, weight, None, labels, {})
-    ours, plain = (head.to(torch.float16, trained=trained) for _ in range(2))
-    exact = head.to(torch.float64, trained=trained)
+    case = Case(hidden, Head(weight), labels)
+    ours, plain = (case.to(torch.float16, trained=trained) for _ in range(2))
+    exact = case.to(torch.float64, trained=trained)
     loss_scale = 65536.0
     for one, logps in ((ours, run(ours)), (plain, plain_logps(plain))):
         (-loss_scale * logps.mean()).backward()
@@ -185,8 +184,8 @@ def test_float16_keeps_the_gradients_that_a_loss_scale_lifts(confidence, trained
 def test_float16_takes_a_small_temperature(trained):
     """The Jacobian, of the size of weight / temperature, is beyond float16's largest number."""
     hidden, weight = torch.randn(6, 8) / 100, 10 * torch.randn(50, 8)
-    head = Head(hidden, weight, None, torch.randint(0, 50, (6,)), {"temperature": 1e-4})
-    ours = head.to(torch.float16, trained=trained)
+    case = Case(hidden, Head(weight), torch.randint(0, 50, (6,)), {"temperature": 1e-4})
+    ours = case.to(torch.float16, trained=trained)
     exact = ours.to(torch.float64, trained=trained)
     for logps in (run(ours), reference_logps(exact)):
         (1e-6 * logps.sum()).backward()

@@ -2,24 +2,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import DTYPES, Case, cases, reference_logsumexp
 from closeness import assert_no_worse
-from heads import DTYPES, Head, heads, reference_logsumexp
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastpref
+from fastpref import Head
 from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
 
 
-def run(head: Head) -> torch.Tensor:
-    options = {k: v for k, v in head.options.items() if k != "ignore_index"}
-    return fastpref.linear_logsumexp(head.hidden, head.weight, bias=head.bias, **options)
+def run(case: Case) -> torch.Tensor:
+    temperature = case.options["temperature"]
+    return fastpref.linear_logsumexp(case.hidden, case.head, temperature=temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(head=heads(), trained=st.booleans())
-def test_equals_the_reference(dtype, head, trained):
-    plain, ours = head.to(dtype, trained=trained), head.to(dtype, trained=trained)
+@given(case=cases(), trained=st.booleans())
+def test_equals_the_reference(dtype, case, trained):
+    plain, ours = case.to(dtype, trained=trained), case.to(dtype, trained=trained)
     exact = ours.to(torch.float64, trained=trained)
     with torch.no_grad():
         without_gradient = run(ours)
@@ -37,7 +38,7 @@ def test_equals_the_reference(dtype, head, trained):
 def test_a_wholly_masked_vocabulary_has_no_gradient(trained):
     hidden = torch.randn(2, 8, requires_grad=True)
     weight = torch.randn(10, 8, requires_grad=trained)
-    values = fastpref.linear_logsumexp(hidden, weight, bias=torch.full((10,), -torch.inf))
+    values = fastpref.linear_logsumexp(hidden, Head(weight, torch.full((10,), -torch.inf)))
     assert (values == -torch.inf).all()
     values.sum().backward()
     assert (hidden.grad == 0).all()

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from cases import DTYPES, Case, cases
 from closeness import assert_no_worse
-from heads import DTYPES, Head, heads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fastpref
-from fastpref import reference
+from fastpref import Head, reference
 from fastpref.ops import tiling
 from fastpref.ops.linear_stats import FORMULAS, OF_LABELS
 from fastpref.ops.linear_stats_op import linear_stats_op
@@ -23,30 +23,26 @@ OF_STATES = [name for name in EVERYTHING if name not in OF_LABELS]
 Stats = dict[str, torch.Tensor]
 
 
-def run(head: Head, stats: list[str] = EVERYTHING, **more: object) -> Stats:
+def run(case: Case, stats: list[str] = EVERYTHING, **more: object) -> Stats:
+    options = {**case.options, **more}
     with torch.no_grad():
-        return fastpref.linear_stats(
-            head.hidden, head.weight, head.labels, stats=stats, bias=head.bias,
-            **{**head.options, **more},
-        )  # fmt: skip
+        return fastpref.linear_stats(case.hidden, case.head, case.labels, stats=stats, **options)
 
 
-def expected(head: Head) -> Stats:
+def expected(case: Case) -> Stats:
     with torch.no_grad():
-        return reference.linear_stats(
-            head.hidden, head.weight, head.labels, bias=head.bias, **head.options
-        )
+        return reference.linear_stats(case.hidden, case.head, case.labels, **case.options)
 
 
 def of_logits(logits: torch.Tensor, labels: torch.Tensor, **more: object) -> Stats:
     """Statistics of given logits: the head is the identity."""
-    return run(Head(logits, torch.eye(logits.shape[-1]).to(logits), None, labels, {}), **more)
+    return run(Case(logits, Head(torch.eye(logits.shape[-1]).to(logits)), labels), **more)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(head=heads(), compact=st.booleans())
-def test_equals_the_reference(dtype, head, compact):
-    ours = head.to(dtype, trained=False)
+@given(case=cases(), compact=st.booleans())
+def test_equals_the_reference(dtype, case, compact):
+    ours = case.to(dtype, trained=False)
     rough, exact = expected(ours), expected(ours.to(torch.float64, trained=False))
     found = run(ours, compact=compact)
     assert list(found) == EVERYTHING
@@ -56,67 +52,63 @@ def test_equals_the_reference(dtype, head, compact):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(head=heads())
-def test_is_top1_wherever_rounding_cannot_decide(dtype, head):
-    ours = head.to(dtype, trained=False)
+@given(case=cases())
+def test_is_top1_wherever_rounding_cannot_decide(dtype, case):
+    ours = case.to(dtype, trained=False)
     exact = ours.to(torch.float64, trained=False)
-    labels = torch.where(head.labels == head.options["ignore_index"], 0, head.labels)
-    options = {k: v for k, v in head.options.items() if k != "ignore_index"}
-    logits = reference.logits(exact.hidden, exact.weight, bias=exact.bias, **options)
-    single = reference.logits(
-        *(None if one is None else one.float() for one in (ours.hidden, ours.weight)),
-        bias=None if ours.bias is None else ours.bias.float(), **options,
-    )  # fmt: skip
+    labels = torch.where(case.labels == case.options["ignore_index"], 0, case.labels)
+    temperature = case.options["temperature"]
+    logits = reference.logits(exact.hidden, exact.head, temperature=temperature)
+    single = ours.to(torch.float32, trained=False)
+    single = reference.logits(single.hidden, single.head, temperature=temperature)
     gap = logits.gather(-1, labels.unsqueeze(-1)) - logits
     gap.scatter_(-1, labels.unsqueeze(-1), torch.inf)
     clear = gap.abs().amin(-1) > 4 * (single - logits).abs().amax()
     found = run(ours, ["is_top1"])["is_top1"]
     assert found.dtype == torch.bool
-    right = (gap > 0).all(-1) & (head.labels != head.options["ignore_index"])
+    right = (gap > 0).all(-1) & (case.labels != case.options["ignore_index"])
     assert (found == right)[clear].all()
 
 
-@given(head=heads())
-def test_each_is_the_same_whatever_else_is_asked(head):
-    everything = run(head)
+@given(case=cases())
+def test_each_is_the_same_whatever_else_is_asked(case):
+    everything = run(case)
     for name in EVERYTHING:
-        alone = run(head, [name])
+        alone = run(case, [name])
         assert list(alone) == [name]
         torch.testing.assert_close(alone[name], everything[name], rtol=0, atol=0)
-    assert list(run(head, EVERYTHING[::-1])) == EVERYTHING[::-1]
+    assert list(run(case, EVERYTHING[::-1])) == EVERYTHING[::-1]
 
 
-@given(head=heads())
-def test_agrees_with_the_primitives(head):
-    found = run(head)
-    logps, lse = fastpref.linear_logps(
-        head.hidden, head.weight, head.labels, bias=head.bias, return_lse=True, **head.options
+@given(case=cases())
+def test_agrees_with_the_primitives(case):
+    found = run(case)
+    logps, lse, *_ = fastpref.linear_logps_with_stats(
+        case.hidden, case.head, case.labels, **case.options
     )
     torch.testing.assert_close(found["target_logp"], logps)
     torch.testing.assert_close(found["logsumexp"], lse)
 
 
-@given(head=heads())
-def test_without_labels_every_position_counts(head):
-    with_labels = run(head._replace(labels=torch.zeros_like(head.labels)), ignore_index=-100)
-    found = fastpref.linear_stats(
-        head.hidden, head.weight, stats=OF_STATES, bias=head.bias,
-        **{k: v for k, v in head.options.items() if k != "ignore_index"},
-    )  # fmt: skip
+@given(case=cases())
+def test_without_labels_every_position_counts(case):
+    with_labels = run(case._replace(labels=torch.zeros_like(case.labels)), ignore_index=-100)
+    temperature = case.options["temperature"]
+    found = fastpref.linear_stats(case.hidden, case.head, stats=OF_STATES, temperature=temperature)
     assert list(found) == OF_STATES
     for name, values in found.items():
         torch.testing.assert_close(values, with_labels[name], rtol=0, atol=0)
 
 
-@given(head=heads())
-def test_is_the_same_for_any_tiling(head):
-    head = head.to(torch.float64, trained=False)
-    whole = run(head)
+@given(case=cases())
+def test_is_the_same_for_any_tiling(case):
+    case = case.to(torch.float64, trained=False)
+    whole = run(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiling, "ROWS_PER_TILE", 4)
         patch.setattr(tiling, "CPU_TILE_BYTES", 1)
         patch.setattr(tiling, "COLUMN_MULTIPLE", 16)
-        tiled = run(head)
+        tiled = run(case)
     for name in EVERYTHING:
         torch.testing.assert_close(tiled[name], whole[name], rtol=1e-12, atol=1e-12)
 
@@ -194,17 +186,17 @@ def test_masked_vocabulary_counts_for_nothing(kept):
     bias[kept] = 0.5
     size = kept.stop - kept.start
     labels = torch.randint(0, size, (3,))
-    head = Head(hidden, weight, bias, labels + kept.start, {})
-    small = Head(hidden, weight[kept], bias[kept], labels, {})
-    found, exact = run(head), expected(small.to(torch.float64, trained=False))
+    case = Case(hidden, Head(weight, bias), labels + kept.start)
+    small = Case(hidden, Head(weight[kept], bias[kept]), labels)
+    found, exact = run(case), expected(small.to(torch.float64, trained=False))
     for name in NUMBERS:
         assert_no_worse(found[name], expected(small)[name], exact[name], torch.float32)
-    assert run(head._replace(labels=torch.full((3,), 20)))["target_logp"].eq(-torch.inf).all()
+    assert run(case._replace(labels=torch.full((3,), 20)))["target_logp"].eq(-torch.inf).all()
 
 
 def test_a_row_without_any_logit_has_no_distribution():
-    head = Head(torch.randn(2, 8), torch.randn(9, 8), torch.full((9,), -torch.inf), None, {})
-    found = run(head, OF_STATES)
+    case = Case(torch.randn(2, 8), Head(torch.randn(9, 8), torch.full((9,), -torch.inf)), None)
+    found = run(case, OF_STATES)
     assert found.pop("logsumexp").eq(-torch.inf).all()
     for name, values in found.items():
         assert values.isnan().all(), name
@@ -214,7 +206,7 @@ def test_a_row_without_any_logit_has_no_distribution():
 def test_nan_stays_nan():
     hidden = torch.randn(2, 8)
     hidden[0, 3] = torch.nan
-    found = run(Head(hidden, torch.randn(300, 8), None, torch.tensor([3, 3]), {}))
+    found = run(Case(hidden, Head(torch.randn(300, 8)), torch.tensor([3, 3])))
     for name in NUMBERS:
         assert found[name].isnan().tolist() == [True, False], name
     assert not found["is_top1"][0]
@@ -238,17 +230,17 @@ def test_no_rows_at_all_and_all_ignored():
         (torch.randn(4, 8), torch.full((4,), -100)),
     ):
         for compact in (True, False):
-            found = run(Head(hidden, weight, None, labels, {}), compact=compact)
+            found = run(Case(hidden, Head(weight), labels), compact=compact)
             for values in found.values():
                 assert values.tolist() == [0] * len(labels)
-    assert run(Head(torch.randn(0, 8), weight, None, None, {}), OF_STATES)["entropy"].shape == (0,)
+    assert run(Case(torch.randn(0, 8), Head(weight), None), OF_STATES)["entropy"].shape == (0,)
 
 
 def test_without_compaction_a_bad_label_is_nan_and_the_rest_is_right():
     hidden, weight = torch.randn(4, 8), torch.randn(10, 8)
     labels = torch.tensor([3, 10, -100, -1])
-    found = run(Head(hidden, weight, None, labels, {}), compact=False)
-    right = run(Head(hidden, weight, None, torch.tensor([3, -100, -100, -100]), {}))
+    found = run(Case(hidden, Head(weight), labels), compact=False)
+    right = run(Case(hidden, Head(weight), torch.tensor([3, -100, -100, -100])))
     for name in NUMBERS:
         assert found[name].isnan().tolist() == [False, True, False, True]
         torch.testing.assert_close(found[name][[0, 2]], right[name][[0, 2]])
@@ -256,6 +248,7 @@ def test_without_compaction_a_bad_label_is_nan_and_the_rest_is_right():
 
 
 LABELS = torch.tensor([3, -100, 0, 10])
+WEIGHT = torch.zeros(11, 5)
 
 
 def operands() -> list[torch.Tensor]:
@@ -276,7 +269,7 @@ def test_compiles_without_graph_breaks():
     hidden, weight, bias = operands()
 
     def stats(hidden: torch.Tensor) -> Stats:
-        return fastpref.linear_stats(hidden, weight, LABELS, stats=EVERYTHING, bias=bias)
+        return fastpref.linear_stats(hidden, Head(weight, bias), LABELS, stats=EVERYTHING)
 
     compiled = torch.compile(stats, fullgraph=True)
     for name, values in compiled(hidden).items():
@@ -286,17 +279,17 @@ def test_compiles_without_graph_breaks():
 def test_autocast_casts_like_a_linear_layer():
     hidden, weight, bias = operands()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(Head(hidden, weight, bias, LABELS, {}))
-    halves = [one.bfloat16() for one in (hidden, weight, bias)]
-    for name, values in run(Head(*halves, LABELS, {})).items():
+        found = run(Case(hidden, Head(weight, bias), LABELS))
+    hidden, *halves = (one.bfloat16() for one in (hidden, weight, bias))
+    for name, values in run(Case(hidden, Head(*halves), LABELS)).items():
         torch.testing.assert_close(found[name], values, rtol=0, atol=0)
 
 
 def test_non_contiguous_inputs_and_narrow_labels():
     hidden = torch.randn(6, 3, 10)[:, :, ::2].transpose(0, 1)
     weight, labels = torch.randn(5, 11).T, torch.randint(0, 11, (6, 3), dtype=torch.int32).T
-    found = run(Head(hidden, weight, None, labels, {}))
-    copies = run(Head(hidden.contiguous(), weight.contiguous(), None, labels.contiguous(), {}))
+    found = run(Case(hidden, Head(weight), labels))
+    copies = run(Case(hidden.contiguous(), Head(weight.contiguous()), labels.contiguous()))
     for name in EVERYTHING:
         assert found[name].shape == (3, 6)
         torch.testing.assert_close(found[name], copies[name])
@@ -309,7 +302,7 @@ def test_gradients_are_refused(trained):
     hidden, weight, bias = inputs
 
     def stats() -> Stats:
-        return fastpref.linear_stats(hidden, weight, stats=["entropy"], bias=bias)
+        return fastpref.linear_stats(hidden, Head(weight, bias), stats=["entropy"])
 
     with pytest.raises(NotImplementedError, match=r"call it under torch\.no_grad\(\)"):
         stats()
@@ -342,19 +335,22 @@ def test_forward_mode_is_refused():
         ({"labels": LABELS + 1}, r"labels: expected -100 \(ignore_index\) or values in \[0, 11\)"),
         ({"labels": LABELS.to("meta")}, "labels: expected device cpu, like hidden"),
         ({"hidden": None}, "hidden: expected a tensor, got NoneType"),
-        ({"weight": torch.zeros(11, 4)}, r"weight: expected shape \(V, 5\)"),
-        ({"bias": torch.zeros(10)}, r"bias: expected shape \(11,\)"),
-        ({"bias": torch.zeros(11).half()}, "bias: expected dtype torch.float32"),
-        ({"bias": 1.0}, "bias: expected a tensor, got float"),
+        ({"head": WEIGHT[:, :4]}, r"weight: expected shape \(V, 5\)"),
+        ({"head": Head(WEIGHT, torch.zeros(10))}, r"bias: expected shape \(11,\)"),
+        ({"head": Head(WEIGHT, torch.zeros(11).half())}, "bias: expected dtype torch.float32"),
+        ({"head": Head(WEIGHT, 1.0)}, "bias: expected a tensor, got float"),
+        ({"head": [WEIGHT]}, r"head: expected a Head or a tensor \(V, H\), its weight, got list"),
+        ({"head": torch.nn.Linear(5, 11)}, "head: expected a Head or a tensor .*, got Linear"),
+        ({"head": Head(torch.nn.Linear(5, 11))}, "weight: expected a tensor, got Linear"),
+        ({"head": Head(WEIGHT, logit_scale=math.inf)}, "logit_scale: expected a finite number"),
+        ({"head": Head(WEIGHT, softcap=-1.0)}, "softcap: expected a finite number above 0, got -1"),
         ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
-        ({"logit_scale": math.inf}, "logit_scale: expected a finite number, got inf"),
-        ({"softcap": -1.0}, "softcap: expected a finite number above 0, got -1.0"),
         ({"ignore_index": 1.5}, "ignore_index: expected an integer, got 1.5"),
     ],
 )
 def test_bad_input_is_named(changes, message):
     arguments = {
-        "hidden": torch.zeros(4, 5), "weight": torch.zeros(11, 5), "labels": LABELS,
+        "hidden": torch.zeros(4, 5), "head": WEIGHT, "labels": LABELS,
         "stats": ["entropy", "target_logp"], **changes,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):

@@ -8,6 +8,8 @@ import sys
 import pytest
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
+import fastpref
+from fastpref import cli
 from fastpref.cli import main
 from fastpref.teacher import load_shaping
 
@@ -54,7 +56,10 @@ ERRORS = {
     "output of another kind": (["--output", "out.csv"], "output: expected"),
     "a bad row": (["--max-length", "5"], "7 bad rows: row 0: the prompt alone has"),
     "gamma": (["--gamma", "-1"], "gamma: expected"),
+    "temperature": (["--temperature", "0"], "temperature: expected"),
     "batch size": (["--batch-size", "0"], "batch_size: expected"),
+    "length": (["--max-length", "1"], "max_length: expected"),
+    "NaN": (["--temperature", "nan"], "temperature: expected a finite number"),
 }
 
 
@@ -65,6 +70,20 @@ def test_errors_are_one_line(run, name):
     assert isinstance(code, str)  # which Python prints, with exit code 1
     assert code.startswith("fastpref: ") and message in code and "\n" not in code
     assert not out
+
+
+@pytest.mark.parametrize("name", ["gamma", "temperature", "batch size", "length", "NaN"])
+def test_settings_are_refused_before_anything_is_loaded(run, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(cli, "read_rows", None)
+    monkeypatch.setattr(cli, "load_teacher", None)
+    arguments, message = ERRORS[name]
+    code, _, _ = run(*VALUES, *arguments)
+    assert message in code
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_its_version(run):
+    assert run("--version") == (0, f"{fastpref.__version__}\n", "")
 
 
 def test_unknown_choices_are_refused_with_the_choices(run):

@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM
 
 import fastpref
 from fastpref import reference
+from fastpref.data.tokens import tokenize_rows
 from fastpref.models.lm_head import lm_head_of
 from fastpref.teacher import add_shaping, load_shaping, load_teacher
 from fastpref.teacher.precompute import ShapingOptions, plan, read_states, shape_batch
 from fastpref.teacher.store import FinishedBatches, read_settings
-from fastpref.teacher.tokens import tokenize_rows
 
 SIDES = ("chosen", "rejected")
 

@@ -74,7 +74,12 @@ def test_arguments(tmp_path, make, options, message):
 @pytest.mark.parametrize(
     ("make", "options", "settings", "message"),
     [
-        (tvkd, SHAPED, {"loss_type": ["ipo"]}, "loss_type: expected .'sigmoid'., since method 'tvkd'"),
+        (
+            tvkd,
+            SHAPED,
+            {"loss_type": ["ipo"]},
+            "loss_type: expected .'sigmoid'., since",
+        ),
         (tvkd, SHAPED, {"loss_weights": [2.0]}, "loss_weights"),
         (tvkd, SHAPED, {"use_weighting": True}, "use_weighting"),
         (tvkd, SHAPED, {"ld_alpha": 0.5}, "ld_alpha"),

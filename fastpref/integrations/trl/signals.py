@@ -18,13 +18,13 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import refuse
+from fastpref.data.tokens import tokenizer_settings
 from fastpref.integrations.trl.config import PreferenceConfig, inputs_of
 from fastpref.models.fused_head import add_fused_head
 from fastpref.models.reward_head import load_reward_head, reward_head_of, rewards_at_head
 from fastpref.ops import Head
 from fastpref.teacher import BadRowsError, add_shaping, load_teacher, teacher_shaping
 from fastpref.teacher.store import made_with_max_length
-from fastpref.teacher.tokens import tokenizer_settings
 
 
 @dataclass

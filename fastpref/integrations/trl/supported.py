@@ -1,10 +1,10 @@
 """The versions of TRL whose inner workings these trainers rely on."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
-from packaging.version import Version
+from fastpref.extras import require_extra
 
-FIRST, NEXT = Version("1.16"), Version("1.17")
+FIRST, NEXT = "1.16", "1.17"
 
 
 def require_supported_trl() -> None:
@@ -12,12 +12,13 @@ def require_supported_trl() -> None:
 
     They override methods of ``DPOTrainer`` that TRL may change with any release.
     """
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        found = None
-    if found is None or not FIRST <= Version(found) < NEXT:
+    modules = ("accelerate", "datasets", "safetensors", "transformers", "trl")
+    require_extra("trl", "fastpref.integrations.trl", *modules)
+    from packaging.version import Version
+
+    found = version("trl")
+    if not Version(FIRST) <= Version(found) < Version(NEXT):
         raise ImportError(
-            f"fastpref.integrations.trl: expected TRL {FIRST}, got "
-            f"{'none' if found is None else found}; pip install 'trl>={FIRST},<{NEXT}'"
+            f"fastpref.integrations.trl: expected TRL {FIRST}, got {found}; "
+            f"pip install 'trl>={FIRST},<{NEXT}'"
         )

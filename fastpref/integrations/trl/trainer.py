@@ -16,6 +16,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id, use_adapter
 
 from fastpref.checks import refuse
+from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl.config import (
     DRDOConfig,
     OracleConfig,
@@ -45,7 +46,6 @@ from fastpref.models.reward_head import rewards_at_head
 from fastpref.ops import Head, linear_logps, linear_logps_with_stats
 from fastpref.responses import Tokens, sum_responses
 from fastpref.sequences import labels_of_states
-from fastpref.teacher.tokens import IGNORE_INDEX
 
 OF_REWARD_HEAD = ("rewards", "student_rewards")  # inputs of a loss that the model itself gives
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastpref.checks import refuse
+from fastpref.extras import require_extra
 
 RESPONSES = ("chosen", "rejected")
 SHOWN = 10
@@ -50,6 +51,7 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
 
     Raises:
         ValueError: No such file or split, or a line that is not JSON.
+        ImportError: Without the extra "teacher"; JSON lines need no extra.
 
     Example:
         >>> import pathlib, tempfile
@@ -58,15 +60,16 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         >>> read_rows(str(file))
         [{'prompt': '2 + 2 =', 'chosen': ' 4', 'rejected': ' 5'}]
     """
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+        refuse("dataset", "a file that exists, a saved dataset or a name on the Hub", source)
+    if path.suffix in (".jsonl", ".json"):
+        return _read_json_lines(path)
+    require_extra("teacher", "fastpref.data.read_rows", "datasets")
     import datasets
 
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        if not path.is_file():
-            refuse("dataset", "a file that exists, a saved dataset or a name on the Hub", source)
-        if path.suffix == ".parquet":
-            return datasets.Dataset.from_parquet(source)  # type: ignore[no-any-return]
-        return _read_json_lines(path)
+    if path.suffix == ".parquet":
+        return datasets.Dataset.from_parquet(source)  # type: ignore[no-any-return]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(source)
         if isinstance(saved, datasets.DatasetDict):

@@ -8,34 +8,33 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import reference
+from fastpref import Head, reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class Head(NamedTuple):
+class Case(NamedTuple):
     hidden: Tensor  # (..., H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
+    head: Head
     labels: Tensor  # (...)
-    options: dict[str, Any]
+    options: dict[str, Any] = {}  # of every function: temperature, ignore_index
 
-    def to(self, dtype: torch.dtype, *, trained: bool) -> Head:
+    def to(self, dtype: torch.dtype, *, trained: bool) -> Case:
         def leaf(tensor: Tensor, wants: bool) -> Tensor:
             return tensor.detach().to(dtype).requires_grad_(wants)
 
-        bias = None if self.bias is None else leaf(self.bias, trained)
-        return self._replace(
-            hidden=leaf(self.hidden, True), weight=leaf(self.weight, trained), bias=bias
-        )
+        weight, bias = self.head[:2]
+        bias = None if bias is None else leaf(bias, trained)
+        head = self.head._replace(weight=leaf(weight, trained), bias=bias)
+        return self._replace(hidden=leaf(self.hidden, True), head=head)
 
     def gradients(self) -> list[Tensor]:
-        leaves = (self.hidden, self.weight, self.bias)
+        leaves = (self.hidden, self.head.weight, self.head.bias)
         return [leaf.grad for leaf in leaves if leaf is not None and leaf.requires_grad]
 
 
 @st.composite
-def heads(draw: st.DrawFn, *, max_vocab: int = 300) -> Head:
+def cases(draw: st.DrawFn, *, max_vocab: int = 300) -> Case:
     """Shapes, options and masks of all kinds; values as large as real logits."""
     leading = draw(st.sampled_from([(1,), (5,), (2, 3), (17,), (2, 2, 3)]))
     width = draw(st.sampled_from([1, 3, 8, 33]))
@@ -51,24 +50,21 @@ def heads(draw: st.DrawFn, *, max_vocab: int = 300) -> Head:
     ignored = torch.rand(leading, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))
     options = {
         "temperature": draw(st.sampled_from([1.0, 0.5, 2.3])),
-        "logit_scale": draw(st.sampled_from([1.0, 0.25, -1.5])),
-        "softcap": draw(st.sampled_from([None, 3.0, 30.0])),
+        "ignore_index": ignore_index,
     }
-    return Head(
-        hidden=(scale * normal(*leading, width)).half().float(),
-        weight=normal(vocab, width).half().float(),
-        bias=normal(vocab).half().float() if draw(st.booleans()) else None,
-        labels=labels.masked_fill(ignored, ignore_index),
-        options={**options, "ignore_index": ignore_index},
-    )
+    logit_scale = draw(st.sampled_from([1.0, 0.25, -1.5]))
+    softcap = draw(st.sampled_from([None, 3.0, 30.0]))
+    hidden = (scale * normal(*leading, width)).half().float()
+    weight = normal(vocab, width).half().float()
+    bias = normal(vocab).half().float() if draw(st.booleans()) else None
+    head = Head(weight, bias, logit_scale, softcap)
+    return Case(hidden, head, labels.masked_fill(ignored, ignore_index), options)
 
 
-def reference_logps(head: Head) -> Tensor:
-    return reference.linear_logps(
-        head.hidden, head.weight, head.labels, bias=head.bias, **head.options
-    )
+def reference_logps(case: Case) -> Tensor:
+    return reference.linear_logps(case.hidden, case.head, case.labels, **case.options)
 
 
-def reference_logsumexp(head: Head) -> Tensor:
-    options = {k: v for k, v in head.options.items() if k != "ignore_index"}
-    return reference.linear_logsumexp(head.hidden, head.weight, bias=head.bias, **options)
+def reference_logsumexp(case: Case) -> Tensor:
+    temperature = case.options.get("temperature", 1.0)
+    return reference.linear_logsumexp(case.hidden, case.head, temperature=temperature)

@@ -8,10 +8,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny_models import conversation, rows, tiny_model, tiny_tokenizer
 
+from fastpref.data.rows import row_defect
+from fastpref.data.tokens import tokenize_rows
 from fastpref.teacher import BadRowsError, add_shaping, load_shaping, read_rows
-from fastpref.teacher.rows import row_defect
 from fastpref.teacher.store import read_settings
-from fastpref.teacher.tokens import tokenize_rows
 
 GOOD = conversation("what is it", "the sky", "rain")
 BAD = {

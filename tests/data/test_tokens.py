@@ -10,8 +10,8 @@ from datasets import Dataset
 from tiny_models import conversation, rows, tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer
 
-from fastpref.teacher.rows import read_rows
-from fastpref.teacher.tokens import pad_pairs, tokenize_rows
+from fastpref.data.rows import read_rows
+from fastpref.data.tokens import pad_pairs, tokenize_rows
 
 # Renders a prompt alone differently from a prompt that is answered, as templates of "thinking"
 # models do.

@@ -1,21 +1,22 @@
-"""From preference rows to a teacher's tokens, exactly as TRL's ``DPOTrainer`` makes them."""
+"""From preference rows to tokens, exactly as TRL's ``DPOTrainer`` makes them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastpref.teacher.rows import BadRow, row_defect
+from fastpref.checks import refuse
+from fastpref.data.rows import BadRow, row_defect
 
-TokenIds = npt.NDArray[np.int32]
+# Of int32, four bytes a token while a whole dataset is in memory.
+TokenIds: TypeAlias = "array[int]"
 IGNORE_INDEX = -100
 
 
@@ -60,6 +61,12 @@ def tokenize_rows(
     return pairs, bad
 
 
+def check_max_length(max_length: int | None) -> None:
+    """Refuse a length that leaves no room for a token and the one before it."""
+    if max_length is not None and max_length < 2:
+        refuse("max_length", "a number of tokens, at least 2, or None", repr(max_length))
+
+
 def tokenizer_settings(tokenizer: Any) -> dict[str, str | None]:
     """What tells one tokenizer from another: its name, template, end token and a digest."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -79,7 +86,7 @@ def pad_pairs(pairs: list[TokenizedPair]) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.full((2 * len(pairs), width - 1), IGNORE_INDEX)
     rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     for row, (prompt, response) in enumerate(rows):
-        sequence = torch.from_numpy(np.concatenate([prompt, response])).long()
+        sequence = torch.tensor(prompt + response)
         tokens[row, : len(sequence)] = sequence
         attention[row, : len(sequence)] = 1
         # A first token that nothing precedes is predicted by no state.
@@ -115,9 +122,8 @@ def _tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> tuple[TokenIds, Tok
     # A response starts where the prompt and the whole part ways: templates and tokenizers may
     # write the end of a prompt differently when something follows it.
     start = min(_common_prefix(prompt_ids, sequence) for sequence in sequences)
-    ids = (prompt_ids[:start], *(sequence[start:] for sequence in sequences))
-    prompt_array, chosen_array, rejected_array = (np.array(part, dtype=np.int32) for part in ids)
-    return prompt_array, chosen_array, rejected_array
+    chosen_ids, rejected_ids = (array("i", sequence[start:]) for sequence in sequences)
+    return array("i", prompt_ids[:start]), chosen_ids, rejected_ids
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

@@ -1,0 +1,269 @@
+"""Build the wheel, install it into clean environments, and run there what the README promises.
+
+.ci/check_install.py       all environments; `make check-install` calls it
+.ci/check_install.py NAME  the checks of one environment, called by that environment's Python
+
+An environment is a virtual environment that sees neither this repository nor the Python that runs
+this script. PyTorch is installed once; each environment starts as a copy of that.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+from collections.abc import Callable
+from glob import glob
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("fastpref", "kernels", "pyproject.toml", "README.md", "LICENSE")
+ADVICE = ": pip install '.[{}]' in a clone of fastpref"
+
+
+def main() -> None:
+    """Check every environment, the smallest first."""
+    # Nothing of this process's Python may reach theirs, and no test may reach a network.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    variables |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(python: Path | str, *arguments: object, **extra: str) -> None:
+        command = [str(part) for part in (python, *arguments)]
+        subprocess.run(command, cwd=empty, env=variables | extra, check=True)
+
+    def pip(python: Path, *arguments: object) -> None:
+        run(python, "-m", "pip", "-q", "--disable-pip-version-check", *arguments)
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        empty = folder / "empty"
+        empty.mkdir()
+        start = time.monotonic()
+        run(sys.executable, "-m", "venv", folder / "base")
+        python = python_of(folder / "base")
+        constraints = ("-c", ROOT / "constraints.txt")
+        pip(python, "install", *constraints, "torch")
+        copy_sources(folder / "source")
+        pip(python, "wheel", "--no-deps", "-w", folder, folder / "source")
+        (wheel,) = folder.glob("*.whl")
+        check_wheel(wheel, folder / "source")
+        print(f"wheel and PyTorch: {time.monotonic() - start:.0f} s", flush=True)
+        for environment in CHECKS:
+            start = time.monotonic()
+            copy = folder / environment
+            shutil.copytree(folder / "base", copy, symlinks=True, copy_function=os.link)
+            python = python_of(copy)
+            extra = "" if environment == "bare" else f"[{environment}]"
+            pip(python, "install", *constraints, f"{wheel}{extra}")
+            run(python, "-I", __file__, environment)
+            if environment == "triton":  # its interpreter needs numpy, its compiler does not
+                pip(python, "install", *constraints, "numpy")
+                run(python, "-I", __file__, environment, TRITON_INTERPRET="1")
+            print(f"{environment}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def python_of(environment: Path) -> Path:
+    """The Python of a virtual environment."""
+    return environment / "bin" / "python"
+
+
+def copy_sources(folder: Path) -> None:
+    """Copy what a build reads: a build in the repository would find what earlier ones left."""
+    folder.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder)
+
+
+def check_wheel(wheel: Path, source: Path) -> None:
+    """No module has been forgotten, and nothing else is in the wheel."""
+    modules = glob("fastpref/**/*.py", root_dir=source, recursive=True)
+    packed = zipfile.ZipFile(wheel).namelist()
+    ours = [name for name in packed if ".dist-info/" not in name]
+    assert sorted(ours) == sorted([*modules, "fastpref/py.typed"]), ours
+    assert "fastpref/kernels/tiles.py" in ours
+
+
+def check_bare() -> None:
+    """PyTorch alone: losses work, and whatever needs more says what to install."""
+    for module in ("datasets", "numpy", "safetensors", "transformers", "trl", "typer"):
+        assert find_spec(module) is None, f"{module} is installed: this environment is not clean"
+    check_package()
+    check_loss()
+    check_advice()
+
+
+def check_triton() -> None:
+    """The kernels can be imported, and run where they are interpreted."""
+    check_package()
+    kernels = Path(importlib.import_module("fastpref").__file__ or "").parent / "kernels"
+    for file in kernels.glob("*.py"):
+        importlib.import_module(f"fastpref.kernels.{file.stem}")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        check_advice()
+    check_loss()
+
+
+def check_teacher() -> None:
+    """A teacher's values for a dataset, by the command, and batches of the result."""
+    import torch
+
+    import fastpref.teacher
+
+    check_package()
+    check_loss()
+    tokenizer, _ = save_pairs_and_teacher()
+    assert command("--version").stdout.split() == [fastpref.__version__]
+    output = "pairs-with-values.parquet"
+    arguments = ("--teacher", "teacher", "--dataset", "pairs.jsonl", "--output", output)
+    done = command("values", *arguments)
+    assert done.returncode == 0 and "7 pairs" in done.stdout, done
+    rows = list(fastpref.teacher.load_shaping(output))
+    batch = fastpref.collate_pairs(rows, tokenizer)
+    shaping = [row[f"{side}_shaping"] for side in ("chosen", "rejected") for row in rows]
+    assert torch.equal(batch["shaping"], torch.tensor(shaping))
+    assert batch["labels"].shape[0] == 14
+
+
+def check_trl() -> None:
+    """A trainer makes a step."""
+    from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
+    from fastpref.teacher import add_shaping
+
+    check_package()
+    tokenizer, models = save_pairs_and_teacher()
+    pairs = add_shaping("pairs.jsonl", models.tiny_model(tokenizer), tokenizer, "pairs.parquet")
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+    trainer = TVKDTrainer(
+        models.tiny_model(tokenizer, seed=1),
+        args=TVKDConfig("student", max_steps=1, per_device_train_batch_size=2, **options),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    assert trainer.train().global_step == 1
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "bare": check_bare,
+    "triton": check_triton,
+    "teacher": check_teacher,
+    "trl": check_trl,
+}
+
+
+def check_package() -> None:
+    """What is imported is what was installed, whole."""
+    import fastpref
+    import fastpref.data
+    import fastpref.teacher
+
+    folder = Path(fastpref.__file__).parent
+    assert folder.is_relative_to(sys.prefix), folder
+    assert fastpref.__version__ == version("fastpref")
+    assert (folder / "py.typed").is_file()
+    assert (folder / "kernels").is_dir() and not (folder / "kernels").is_symlink()
+    assert find_spec("fastpref.kernels.tiles") is not None
+    # transformers imports a package of this name from the Hub's authors where there is one.
+    assert find_spec("kernels") is None
+
+
+def check_loss() -> None:
+    """TVKD, forward and backward, against the formula with full logits."""
+    import torch
+    from torch.nn.functional import logsigmoid
+
+    import fastpref
+    from fastpref.ops.backend import uses_triton
+
+    assert uses_triton(torch.zeros(1)) == (os.environ.get("TRITON_INTERPRET") == "1")
+    torch.manual_seed(0)
+    states = torch.randn(2, 5, 8)
+    weight = torch.randn(50, 8, requires_grad=True)
+    labels = torch.tensor([[-100, 7, 8, 9], [-100, 3, 4, 5]])
+    shaping = fastpref.teacher_shaping(states, weight.detach(), labels)
+    loss = fastpref.tvkd_loss(states[:, :-1], weight, labels, shaping).loss
+    loss.backward()
+
+    plain = weight.detach().requires_grad_()
+    logits = states @ plain.T
+    values = logits.detach().logsumexp(-1)
+    expected_shaping = values[:, -1] - values[:, 1]
+    logps = logits[:, 1:-1].log_softmax(-1).gather(-1, labels[:, 1:, None]).sum((1, 2))
+    chosen, rejected = 0.1 * logps - expected_shaping
+    expected = -logsigmoid(chosen - rejected)
+    expected.backward()
+    torch.testing.assert_close(shaping, expected_shaping)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(weight.grad, plain.grad)
+
+
+def check_advice() -> None:
+    """What needs an extra says which, in an ImportError of ours."""
+    from fastpref.integrations.reward_head import load_reward_head
+
+    from fastpref import collate_pairs
+    from fastpref.teacher import add_shaping, load_shaping, load_teacher, read_rows
+
+    Path("pairs.parquet").touch()
+    calls: list[tuple[str, str, Callable[[], Any]]] = [
+        ("collate_pairs", "teacher", lambda: collate_pairs([{}], None)),
+        ("load_reward_head", "teacher", lambda: load_reward_head(None, ".")),
+        ("add_shaping", "teacher", lambda: add_shaping([], None, None, "out.parquet")),
+        ("load_shaping", "teacher", lambda: load_shaping("pairs.parquet")),
+        ("load_teacher", "teacher", lambda: load_teacher("teacher")),
+        ("read_rows", "teacher", lambda: read_rows("pairs.parquet")),
+        ("fastpref.integrations.trl", "trl", lambda: __import__("fastpref.integrations.trl")),
+    ]
+    for name, extra, call in calls:
+        try:
+            call()
+        except ImportError as error:
+            assert f"{name} needs " in str(error), error
+            assert str(error).endswith(ADVICE.format(extra)), error
+        else:
+            raise AssertionError(f"{name} did not ask for the extra {extra}")
+    for arguments in (["--version"], ["values", "--help"]):
+        done = command(*arguments)
+        last_line = done.stderr.splitlines()[-1]  # PyTorch without numpy says so above it
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done
+        assert last_line.startswith("fastpref: the command needs "), done
+        assert last_line.endswith(ADVICE.format("teacher")), done
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command that was installed."""
+    script = Path(sysconfig.get_path("scripts")) / "fastpref"
+    return subprocess.run([script, *arguments], capture_output=True, text=True)
+
+
+def save_pairs_and_teacher() -> tuple[Any, SimpleNamespace]:
+    """Write pairs.jsonl and a folder with a tiny teacher; returns its tokenizer, and its module."""
+    models = SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "tiny_models.py")))
+    tokenizer = models.tiny_tokenizer()
+    tokenizer.pad_token = "<unk>"
+    models.tiny_model(tokenizer).save_pretrained("teacher")
+    tokenizer.save_pretrained("teacher")
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, models.rows())), "utf-8")
+    return tokenizer, models
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        with TemporaryDirectory() as scratch:
+            os.chdir(scratch)
+            CHECKS[sys.argv[1]]()
+    else:
+        main()
