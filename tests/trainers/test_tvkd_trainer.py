@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from counting import peak_bytes_of
+from datasets import Dataset
 from tiny_models import tiny_model, tiny_tokenizer
 from training import (
     TOKENIZER,
@@ -93,6 +94,18 @@ def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settin
     data = add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", **of_teacher)
     kept = {name: value for name, value in settings.items() if name == "max_length"}
     assert_same(history(tvkd(tmp_path / "columns", settings=kept, train_dataset=data)), along)
+
+
+def test_shaping_of_sequences_that_were_cut_elsewhere(tmp_path):
+    """The columns remember where, through a file, and through what datasets does to them."""
+    teacher = tiny_model(TOKENIZER, seed=7)
+    add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", max_length=16)
+    data = Dataset.from_parquet(str(tmp_path / "pairs.parquet"), cache_dir=str(tmp_path))
+    data = data.map(lambda row: {"note": 1}).filter(lambda row: row["note"]).shuffle(seed=0)
+    message = r"max_length=24, but .* made with max_length=16: in \d rows"
+    with pytest.warns(UserWarning, match=message):
+        tvkd(tmp_path, settings={"max_length": 24}, train_dataset=data)
+    tvkd(tmp_path, settings={"max_length": 16}, train_dataset=data)
 
 
 def test_a_teacher_of_another_tokenizer_up_front(tmp_path):

@@ -225,7 +225,7 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
 
     def _settle(self) -> None:
         """Give the method's options their values, and refuse what it has no use for."""
-        check_choice("method", self.method, tuple(METHODS))
+        check_choice("method", self.method, tuple(OPTIONS))
         options = OPTIONS[self.method]
         others = [name for name in ALL_OPTIONS if name not in options]
         self.refuse_set(others, f"method {self.method!r} has no such option")
