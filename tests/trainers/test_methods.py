@@ -15,7 +15,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig
 
 from fastpref.integrations.trl import (
-    DRDOConfig,
     DRDOTrainer,
     PreferenceConfig,
     PreferenceTrainer,
@@ -139,7 +138,7 @@ def test_saved_arguments_are_loaded_again(tmp_path):
 
 
 def test_a_plain_dpo_config(tmp_path):
-    """Our fields are at the method's defaults; the default of DPO's beta is not one that was set."""
+    """Our fields are at the method's defaults; DPO's own default of beta was not set by anyone."""
     settings = {"beta": 0.03, "max_length": 24}
     found = trainer(
         TVKDTrainer, DPOConfig, tmp_path, student(), settings=settings, train_dataset=DATA
@@ -167,11 +166,16 @@ def test_arguments_of_something_else(args, message):
 
 
 def test_without_arguments(tmp_path, monkeypatch):
+    class OnCPU(TVKDConfig):
+        def __init__(self, output_dir):
+            super().__init__(output_dir, **SETTINGS)
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TVKDTrainer, "config_class", OnCPU)
     student().save_pretrained("student")
     TOKENIZER.save_pretrained("student")
     found = TVKDTrainer("student", train_dataset=DATA)
-    assert found.args.output_dir == "student-tvkd" and found.args.method == "tvkd"
+    assert (found.args.output_dir, found.args.method) == ("student-tvkd", "tvkd")
 
 
 def head_below(model):
