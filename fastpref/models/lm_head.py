@@ -113,11 +113,8 @@ def head_states(model: Any, **inputs: Any) -> Tensor:
     states, outputs = run_to_head(model, model, kept_rows=1, **inputs)
     tokens = inputs.get("input_ids")
     if tokens is not None and states.shape[:2] != tokens.shape:
-        refuse(
-            "model",
-            f"a hidden state for every token, {tuple(tokens.shape)}",
-            f"{tuple(states.shape[:2])}; adapters with virtual tokens add more",
-        )
+        got = f"{tuple(states.shape[:2])}; adapters with virtual tokens add some"
+        refuse("model", f"a hidden state for every token, {tuple(tokens.shape)}", got)
     if module not in _CHECKED:
         check_head(lm_head_of(model), states[:1], outputs.logits)
         _CHECKED.add(module)
@@ -197,12 +194,8 @@ def head_module(model: Any) -> torch.nn.Module:
     getter = getattr(model, "get_output_embeddings", None)
     module = getter() if getter is not None else None
     if getter is None and isinstance(getattr(model, "module", None), torch.nn.Module):
-        refuse(
-            "model",
-            "a model that nothing wraps; around one that is wrapped call add_fused_head before it "
-            "is, and pass at_head to the wrapper, so that it sees what the loss used",
-            type(model).__name__,
-        )
+        advice = "call add_fused_head before a model is wrapped, and give at_head to the wrapper"
+        refuse("model", f"a model that nothing wraps ({advice})", type(model).__name__)
     if not isinstance(module, torch.nn.Module) or not hasattr(module, "weight"):
         raise ValueError(
             f"model: expected a language model with a head, got {type(model).__name__}, "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, Self, get_args, get_origin
 
@@ -14,6 +15,7 @@ from trl.trainer.dpo_config import DPOConfig
 from fastpref.checks import NonNegative, Positive, check_choice, check_number, check_options, refuse
 from fastpref.losses import METHODS
 from fastpref.responses import Responses
+from fastpref.teacher.precompute import ShapingOptions
 from fastpref.teacher.shaping import Form, Potential, Terminal
 
 # What makes DPO's loss another one. `label_smoothing_factor` is that of transformers' own Trainer.
@@ -49,19 +51,9 @@ def shaping_options(
             do. The result stays in output_dir and is used again.
     """
     if (terminal, form, gamma) == ("zero", "difference", 1.0):
-        refuse(
-            "terminal",
-            "'bootstrap', or a gamma below 1, since 'zero' with gamma=1 gives both responses of a "
-            "pair the same shaping",
-            repr(terminal),
-        )
-    return {
-        "potential": potential,
-        "temperature": value_temperature,
-        "gamma": gamma,
-        "terminal": terminal,
-        "form": form,
-    }
+        reason = "with gamma=1 both responses of a pair would have the same shaping"
+        refuse("terminal", f"'bootstrap', or a gamma below 1, since {reason}", repr(terminal))
+    return ShapingOptions(potential, value_temperature, gamma, terminal, form)._asdict()
 
 
 def reference_options(*, reference_free: bool = True) -> bool:
@@ -75,27 +67,20 @@ def reference_options(*, reference_free: bool = True) -> bool:
     return reference_free
 
 
+@functools.cache
 def inputs_of(method: str) -> dict[str, bool]:
     """What a loss reads of a batch, by the names of its parameters, and whether it has to."""
-    return {
-        name: parameter.default is inspect.Parameter.empty
-        for name, parameter in _parameters(METHODS[method]).items()
-        if parameter.annotation in INPUTS
-    }
+    parameters = inspect.signature(METHODS[method], eval_str=True).parameters.values()
+    inputs = [one for one in parameters if one.annotation in INPUTS]
+    return {one.name: one.default is inspect.Parameter.empty for one in inputs}
 
 
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function, eval_str=True).parameters
-
-
-def _options(*functions: Callable[..., Any]) -> dict[str, Any]:
-    """Parameters that are no inputs, by name: annotations and defaults."""
-    return {
-        name: parameter
-        for function in functions
-        for name, parameter in _parameters(function).items()
-        if parameter.annotation not in INPUTS
-    }
+@functools.cache
+def _options(*functions: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that are no inputs, by name."""
+    signatures = [inspect.signature(function, eval_str=True) for function in functions]
+    parameters = [one for signature in signatures for one in signature.parameters.values()]
+    return {one.name: one for one in parameters if one.annotation not in INPUTS}
 
 
 def _sources(method: str) -> list[Callable[..., Any]]:
@@ -141,6 +126,7 @@ def _field(name: str) -> tuple[str, Any, Any]:
     return name, kind | None, field(default=None, metadata=metadata)
 
 
+OF_SHAPING = list(_options(shaping_options))
 OPTIONS = {method: _options(*_sources(method)) for method in METHODS}
 ALL_OPTIONS = list(dict.fromkeys(name for options in OPTIONS.values() for name in options))
 _DPOConfigWithOptions: Any = make_dataclass(
@@ -153,11 +139,10 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
     """DPOConfig, the name of a method, and the options of all methods.
 
     An option is what the function `fastpref.losses.<method>` says of it, and has that function's
-    default where it is not set. Methods that read a teacher's shaping also have those of
-    `fastpref.teacher_shaping`: ``potential``, ``value_temperature`` (its ``temperature``),
-    ``gamma``, ``terminal``, ``form``, and ``precompute_shaping``; methods with an optional
-    reference have ``reference_free=True``. Refused are options that the method does not have,
-    values out of range, and options of DPOConfig that choose another loss.
+    default where it is not set. Methods that read a teacher's shaping also have
+    ``precompute_shaping`` and the options of `fastpref.teacher_shaping`, whose ``temperature`` is
+    ``value_temperature``; methods with an optional reference have ``reference_free``. Refused are
+    options that the method does not have, values out of range, and another loss of DPOConfig.
 
     Example:
         >>> from fastpref.integrations.trl import PreferenceConfig
@@ -209,7 +194,7 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
 
     def shaping_options(self) -> dict[str, Any]:
         """What `fastpref.teacher_shaping` takes."""
-        return shaping_options(**{name: getattr(self, name) for name in _options(shaping_options)})
+        return shaping_options(**{name: getattr(self, name) for name in OF_SHAPING})
 
     def has_reference(self) -> bool:
         """Whether the loss reads the log-probabilities of a reference."""
@@ -257,10 +242,9 @@ def _defaults(args: Any) -> dict[str, Any]:
 
 @dataclass
 class TVKDConfig(PreferenceConfig):
-    """`PreferenceConfig` with ``method="tvkd"``; see `fastpref.losses.tvkd` for its options.
+    """`PreferenceConfig` with ``method="tvkd"``: the options of `fastpref.losses.tvkd`.
 
-    ``beta``, ``alpha``, ``length_normalize``, ``label_smoothing`` and ``sft_weight`` are the
-    loss's. ``reference_free=True`` is the paper's; with False and ``alpha=0`` it is DPO.
+    ``reference_free=True`` is the paper's; with False and ``alpha=0`` it is DPO.
     """
 
     method: str = field(default="tvkd", init=False)
@@ -268,17 +252,13 @@ class TVKDConfig(PreferenceConfig):
 
 @dataclass
 class DRDOConfig(PreferenceConfig):
-    """`PreferenceConfig` with ``method="drdo"``; see `fastpref.losses.drdo` for its options.
-
-    They are ``alpha``, ``gamma``, ``length_normalize`` and ``detach_focal``. DRDO has no reference,
-    no ``beta`` and no ``label_smoothing``.
-    """
+    """`PreferenceConfig` with ``method="drdo"``: the options of `fastpref.losses.drdo`."""
 
     method: str = field(default="drdo", init=False)
 
 
 @dataclass
 class OracleConfig(PreferenceConfig):
-    """`PreferenceConfig` with ``method="oracle"``, whose one option is ``sft_weight``."""
+    """`PreferenceConfig` with ``method="oracle"``: the option of `fastpref.losses.oracle`."""
 
     method: str = field(default="oracle", init=False)

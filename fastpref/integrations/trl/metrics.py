@@ -13,7 +13,7 @@ from fastpref.ops.linear_logps import LogpsWithStats
 SIDES = ("chosen", "rejected")
 
 
-def output_metrics(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
+def of_output(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
     """What a loss returned, by TRL's names: ``chosen_rewards`` is ``rewards/chosen``.
 
     Parts of the loss are ``loss/<part>``: the likelihood only where it is a part.
@@ -35,7 +35,7 @@ def output_metrics(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
     return metrics
 
 
-def signal_metrics(signals: dict[str, Tensor]) -> dict[str, Tensor]:
+def of_signals(signals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The teacher's shaping and the oracle's margin, where the loss reads them."""
     metrics = {}
     if "shaping" in signals:
@@ -47,7 +47,7 @@ def signal_metrics(signals: dict[str, Tensor]) -> dict[str, Tensor]:
     return metrics
 
 
-def token_metrics(found: LogpsWithStats, mask: Tensor, chosen: int) -> dict[str, Tensor]:
+def of_tokens(found: LogpsWithStats, mask: Tensor, chosen: int) -> dict[str, Tensor]:
     """Entropy of the tokens under the mask (n, T), accuracy of those of the chosen rows."""
     return {
         "entropy": summed(found.entropy, mask),
@@ -56,7 +56,7 @@ def token_metrics(found: LogpsWithStats, mask: Tensor, chosen: int) -> dict[str,
 
 
 @torch.no_grad()
-def logit_metrics(states: Tensor, head: Head, mask: Tensor) -> dict[str, Tensor]:
+def of_logits(states: Tensor, head: Head, mask: Tensor) -> dict[str, Tensor]:
     """Mean logits of chosen and rejected responses, from (2B, T, H) states.
 
     The mean logit of a position is linear in its state, so no logits are needed; a head with a soft

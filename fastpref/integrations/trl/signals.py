@@ -19,7 +19,7 @@ from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import refuse
 from fastpref.data.tokens import tokenizer_settings
-from fastpref.integrations.trl.config import PreferenceConfig, inputs_of
+from fastpref.integrations.trl.config import OF_SHAPING, PreferenceConfig, inputs_of
 from fastpref.models.fused_head import add_fused_head
 from fastpref.models.reward_head import load_reward_head, reward_head_of, rewards_at_head
 from fastpref.ops import Head
@@ -46,20 +46,14 @@ class Signal:
         if not self.argument:  # a reference's, which DPOTrainer adds
             return dataset
         missing = missing_columns(dataset, self.columns)
+        columns = " and ".join(self.columns)
         if self.compute is not None or self.read is not None:
             if not missing:
-                refuse(
-                    self.argument,
-                    f"None, since the {name} dataset has {' and '.join(self.columns)}",
-                    "a model that would compute them again",
-                )
+                refuse(self.argument, f"None, since the {name} dataset has {columns}", "a model")
             return dataset if self.compute is None else self.compute(dataset, name)
         if missing:
-            refuse(
-                f"{name}_dataset",
-                f"columns {' and '.join(self.columns)}; {self.advice}",
-                f"no {' and no '.join(missing)}",
-            )
+            absent = " and no ".join(missing)
+            refuse(f"{name}_dataset", f"columns {columns}; {self.advice}", f"no {absent}")
         if isinstance(dataset, Dataset):
             for column in self.columns:
                 finite(column, dataset.with_format(None)[column][:])
@@ -82,7 +76,6 @@ REWARDS = Signal(
     "oracle_model",
     "add them from your oracle, or give the trainer an oracle_model",
 )
-OF_TEACHER = "potential value_temperature gamma terminal form precompute_shaping".split()
 REFERENCE = Signal(("ref_chosen_logps", "ref_rejected_logps"))  # which DPOTrainer precomputes
 
 
@@ -148,7 +141,7 @@ def signals_of(
         if model is student:
             refuse(signal.argument, "another model than the student", "the student itself")
         if name == "shaping" and name in inputs and model is None:
-            args.refuse_set(OF_TEACHER, "there is no teacher_model that it is for")
+            args.refuse_set(OF_SHAPING, "there is no teacher_model that it is for")
         if is_read:
             signals[name] = signal if model is None else ask(args, model, tokenizer)
     return signals
@@ -165,10 +158,7 @@ def _ask_teacher(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Signal
         if not isinstance(dataset, Dataset):
             refuse(f"{name}_dataset", "a Dataset to precompute", type(dataset).__name__)
         file = Path(args.output_dir) / f"{name}-shaping.parquet"
-        sizes = {
-            "max_length": args.max_length,
-            "batch_size": args.per_device_train_batch_size,
-        }
+        sizes = {"max_length": args.max_length, "batch_size": args.per_device_train_batch_size}
         try:
             found = add_shaping(dataset, model, tokenizer, file, **sizes, **options)
         except BadRowsError as error:
@@ -248,26 +238,22 @@ def missing_columns(dataset: Any, columns: Iterable[str]) -> list[str]:
 
 
 def warn_of_other_lengths(dataset: Any, max_length: int | None) -> None:
-    """Warn where a teacher read other parts of the responses than the student will.
+    """Warn where a teacher read other parts of responses than the student will.
 
-    ``dataset`` has TRL's tokens. What `fastpref.teacher.add_shaping` wrote says how long its
-    sequences were; other columns say nothing.
+    What `fastpref.teacher.add_shaping` wrote says how long its sequences were; other columns say
+    nothing. ``dataset`` has TRL's tokens.
     """
     known, teachers = made_with_max_length(dataset)
     if not known or teachers == max_length or not isinstance(dataset, Dataset):
         return
     limit = min(length for length in (teachers, max_length) if length is not None)
-    prompts, chosen, rejected = (
-        dataset.with_format(None)[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    lengths = (
-        len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)
-    )
-    cut = sum(length > limit for length in lengths)
-    if cut:
-        warnings.warn(
-            f"max_length={max_length}, but chosen_shaping and rejected_shaping were made with "
-            f"max_length={teachers}: in {cut} rows the teacher's numbers are not of the tokens "
-            "that the student reads; use the same number for both",
-            stacklevel=3,
-        )
+    tokens = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format(None)
+    for row in tokens:
+        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > limit:
+            warnings.warn(
+                f"max_length={max_length}, but chosen_shaping and rejected_shaping were made with "
+                f"max_length={teachers}: the teacher's numbers of longer rows are not of the "
+                "tokens that the student reads; use the same max_length for both",
+                stacklevel=3,
+            )
+            return

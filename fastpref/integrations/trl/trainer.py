@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,18 +18,13 @@ from trl.trainer.utils import add_fused_lm_head, get_config_model_id, use_adapte
 
 from fastpref.checks import refuse
 from fastpref.data.tokens import IGNORE_INDEX
+from fastpref.integrations.trl import metrics
 from fastpref.integrations.trl.config import (
     DRDOConfig,
     OracleConfig,
     PreferenceConfig,
     TVKDConfig,
     inputs_of,
-)
-from fastpref.integrations.trl.metrics import (
-    logit_metrics,
-    output_metrics,
-    signal_metrics,
-    token_metrics,
 )
 from fastpref.integrations.trl.saving import SavesRewardHead
 from fastpref.integrations.trl.signals import (
@@ -51,39 +47,34 @@ OF_REWARD_HEAD = ("rewards", "student_rewards")  # inputs of a loss that the mod
 
 
 class PreferenceTrainer(SavesRewardHead):
-    r"""TRL's ``DPOTrainer`` with any loss of `fastpref.losses`, and without logits.
-
-    .. math:: \text{model} \to \text{log-probabilities} \to \text{sums over responses}
-              \to \text{loss of } \texttt{args.method}
+    """TRL's ``DPOTrainer`` with any loss of `fastpref.losses`, and without logits.
 
     Everything of ``DPOTrainer`` that is not its loss stays: dataset formats, collator, logging,
-    evaluation, checkpoints, PEFT. What the loss reads beside the model comes from
+    evaluation, checkpoints, PEFT. What a loss reads beside the model comes from
 
     - the dataset: columns ``chosen_shaping`` and ``rejected_shaping`` (from ``fastpref values``),
       ``chosen_reward`` and ``rejected_reward`` (from your oracle);
-    - ``teacher_model`` or ``oracle_model``, in every step, or once up front
-      (``precompute_shaping=True``);
+    - a teacher or an oracle, in every step, or a teacher once up front (``precompute_shaping``);
     - a reference, as in ``DPOTrainer``, for methods that have one.
 
-    It logs TRL's metrics; the parts of the loss as ``loss/*``; ``shaping/*`` and
+    It logs TRL's metrics, the parts of the loss as ``loss/*``, and ``shaping/*`` and
     ``rewards/oracle_margin`` where the loss reads them. Methods that learn rewards of their own
     give the model a linear reward head, saved beside it as ``reward_head.safetensors``.
 
     Args:
-        model: As in ``DPOTrainer``: a name, a folder, a model, a PEFT model. A folder with a
-            reward head gives that too.
+        model: As in ``DPOTrainer``. A folder with a reward head gives that too.
         ref_model: As in ``DPOTrainer``; only for methods with a reference.
         args: `PreferenceConfig`, or a ``DPOConfig``, whose fields then count.
-        teacher_model: Of methods that read a shaping: a causal language model, a folder or a name
+        teacher_model: For methods that read a shaping: a causal language model, a folder or a name
             on the Hub; None where the dataset has the columns, or with ``alpha=0``.
         teacher_processing_class: The teacher's tokenizer; None loads it from where the teacher
             came from.
-        oracle_model: Of methods that read an oracle's rewards: a folder that `OracleTrainer` saved,
-            or a model with a reward head; None where the dataset has the columns.
+        oracle_model: For methods that read an oracle's rewards: a folder that `OracleTrainer`
+            saved, or a model with a reward head; None where the dataset has the columns.
         oracle_processing_class: The oracle's tokenizer; None as above.
-        train_dataset: As in ``DPOTrainer``, like all other **options.
-        eval_dataset: As in ``DPOTrainer``.
-        peft_config: As in ``DPOTrainer``; LoRA and others without virtual tokens.
+        train_dataset: As in ``DPOTrainer``, like all that follows.
+        eval_dataset: One dataset, or several by name.
+        peft_config: LoRA or another without virtual tokens.
         compute_metrics: None, since it wants logits.
         **options: All others of ``DPOTrainer``.
 
@@ -129,9 +120,7 @@ class PreferenceTrainer(SavesRewardHead):
             args = self.config_class(f"{name.split('/')[-1]}-{self.config_class.method}")
         args = self.config_class.of(args)
         if compute_metrics is not None:
-            refuse(
-                "compute_metrics", "None, since it wants logits, which never exist", "a function"
-            )
+            refuse("compute_metrics", "None, since it wants logits, which never exist", "one")
         if ref_model is not None and not args.has_reference():
             refuse("ref_model", "None, or reference_free=False", type(ref_model).__name__)
         refuse_adapters(model, peft_config)
@@ -151,12 +140,8 @@ class PreferenceTrainer(SavesRewardHead):
         )
         # Models that computed columns have done so, and their memory is wanted.
         self.signals = {name: replace(signal, compute=None) for name, signal in signals.items()}
-        self.columns = tuple(
-            column
-            for signal in self.signals.values()
-            if signal.read is None
-            for column in signal.columns
-        )
+        in_columns = [signal.columns for signal in signals.values() if signal.read is None]
+        self.columns = tuple(itertools.chain(*in_columns))
         self.data_collator = CollatorWithColumns(self.data_collator, self.columns)
         for signal in self.signals.values():
             if isinstance(signal.read, Reader):
@@ -257,14 +242,14 @@ class PreferenceTrainer(SavesRewardHead):
         mask = targets != IGNORE_INDEX
         rows = len(states) // 2 if "chosen" in inputs else len(states)
         read = (states[:rows], head, targets[:rows])
-        metrics = signal_metrics(signals)
+        measured = metrics.of_signals(signals)
         if self._tp_size > 1:  # the head is sharded over the vocabulary
             logps = linear_logps(*read, scratch_bytes=self.args.scratch_bytes)
         else:
             found = linear_logps_with_stats(*read, scratch_bytes=self.args.scratch_bytes)
             logps = found.logps
-            metrics |= token_metrics(found, mask[:rows], len(states) // 2)
-            metrics |= logit_metrics(states, head, mask)
+            measured |= metrics.of_tokens(found, mask[:rows], len(states) // 2)
+            measured |= metrics.of_logits(states, head, mask)
         for name in OF_REWARD_HEAD:
             if name in inputs:
                 student = self.accelerator.unwrap_model(self.model)
@@ -274,13 +259,13 @@ class PreferenceTrainer(SavesRewardHead):
         # Not summed yet: a pair kernel does that where there is one.
         tokens = Tokens(logps, mask[:rows], None, None)
         output = METHODS[self.args.method](tokens, **signals, **options)
-        return {"loss": output.loss, **output_metrics(output, options), **metrics}
+        return {"loss": output.loss, **metrics.of_output(output, options), **measured}
 
-    def _record(self, mode: str, metrics: dict[str, Tensor], tokens: Tensor) -> None:
+    def _record(self, mode: str, measured: dict[str, Tensor], tokens: Tensor) -> None:
         """Add up sums and counts over all processes, in one collective and one read by the host."""
-        totals = torch.stack([*metrics.values(), torch.stack([tokens, tokens]).float()])
+        totals = torch.stack([*measured.values(), torch.stack([tokens, tokens]).float()])
         *totals, (tokens, _) = self.accelerator.reduce(totals, "sum").tolist()
-        for name, (total, count) in zip(metrics, totals, strict=True):
+        for name, (total, count) in zip(measured, totals, strict=True):
             self._metrics[mode][name].append(total / count if count else 0.0)
         if mode == "train":
             self._total_train_tokens += int(tokens) // self._tp_size
@@ -364,15 +349,10 @@ def prepared(dataset: Any, name: str, signals: Mapping[str, Signal]) -> Any:
 
 def refuse_adapters(model: Any, peft_config: Any) -> None:
     """Refuse adapters that put virtual tokens before a prompt, which have no labels."""
-    configs = [] if peft_config is None else [peft_config]
-    configs += list(getattr(model, "peft_config", {}).values())
-    for config in configs:
+    for config in [peft_config, *getattr(model, "peft_config", {}).values()]:
         if getattr(config, "is_prompt_learning", False):
-            refuse(
-                "peft_config",
-                "an adapter of the model's layers, LoRA for example",
-                f"{type(config).__name__}, whose virtual tokens shift the response",
-            )
+            got = f"{type(config).__name__}, whose virtual tokens shift the response"
+            refuse("peft_config", "an adapter of the model's layers, LoRA for example", got)
 
 
 def take_over_head(model: Any) -> None:
