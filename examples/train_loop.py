@@ -1,135 +1,69 @@
-"""TVKD in a plain PyTorch loop: no trainer, one process, the teacher's shaping computed ahead.
+"""TVKD in a plain PyTorch loop. Run `python examples/smollm2.py` first: it writes both models."""
 
-python examples/train_loop.py --config examples/smollm2_loop.yaml --dataset pairs.jsonl
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from common import (
-    SMOLLM2,
-    ExampleArguments,
-    fine_tune,
-    load_pairs,
-    load_student,
-    load_tokenizer,
-    model_source,
-    peak_memory_mb,
-    report,
-)
-from datasets import Dataset
-from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup, set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 import fastpref
-from fastpref.data.tokens import pad_pairs, tokenize_rows
-from fastpref.models.fused_head import add_fused_head
-from fastpref.teacher import add_shaping, load_teacher
+from fastpref.models import head_states, lm_head_of
+from fastpref.teacher import read_rows
 
 
 @dataclass
-class Arguments(ExampleArguments):
-    """All that a plain loop needs."""
+class Arguments:
+    """The defaults suit a CPU."""
 
-    teacher: str = field(default=SMOLLM2, metadata={"help": "As the student."})
-    beta: float = field(default=0.01, metadata={"help": "Of `fastpref.tvkd_loss`."})
-    alpha: float = field(default=0.7, metadata={"help": "Weight of the teacher's shaping."})
-    max_length: int = field(default=1024, metadata={"help": "Cut sequences after so many tokens."})
-    batch_size: int = field(default=4, metadata={"help": "Pairs a step."})
-    epochs: int = field(default=1, metadata={"help": "Passes over the pairs."})
-    learning_rate: float = field(default=1e-6, metadata={"help": "Of AdamW, cosine decay."})
-    seed: int = field(default=0, metadata={"help": "Of the order of the pairs."})
-    output_dir: str = field(
-        default="examples/outputs/loop", metadata={"help": "For model and plot."}
-    )
+    student: str = "examples/outputs/smollm2-4-layers"
+    teacher: str = "examples/outputs/smollm2"  # with the student's tokenizer
+    dataset: str = "examples/pairs.jsonl"
+    test_size: int = 12
+    beta: float = 0.01
+    alpha: float = 0.7
+    learning_rate: float = 1e-4
+    batch_size: int = 4
+    output_dir: str = "examples/outputs/smollm2-loop"
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
-    """Train, save, and show what happened; returns the history."""
+def main(argv: list[str] | None = None) -> None:
+    """Train the student, print how it ranks the pairs held out, and save it."""
     (args,) = TrlParser(Arguments).parse_args_and_config(argv)
-    set_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(args.student)
-    train, held_out = with_shaping(args, *load_pairs(args, tokenizer, args.max_length))
-    lengths = {"max_length": args.max_length, "seed": args.seed}
-    student = fine_tune(load_student(args), args, train, tokenizer, **lengths).to(device)
-    add_fused_head(student)
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.student)
+    collate = partial(fastpref.collate_pairs, tokenizer=tokenizer)
+    pairs, held = [*read_rows(args.dataset)], args.test_size
+    test_loader = DataLoader(pairs[:held], args.batch_size, collate_fn=collate)
+    loader = DataLoader(pairs[held:], args.batch_size, shuffle=True, collate_fn=collate)
+    student.get_input_embeddings().requires_grad_(False)  # SmolLM2's head is the same matrix
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate)
-    steps = args.epochs * -(-len(train) // args.batch_size)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    history: list[dict[str, float]] = []
-    for epoch in range(args.epochs):
-        student.train()
-        shuffled = train.shuffle(seed=args.seed + epoch)
-        for batch in tqdm(batches(shuffled, tokenizer, args, device), desc=f"epoch {epoch + 1}"):
-            out = run(student, batch, args)
-            out.loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            history.append({"step": len(history) + 1, **measures([out])})
-        student.eval()
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> fastpref.LossOutput:
+        labels = batch.pop("labels")  # which leaves input_ids and attention_mask
         with torch.no_grad():
-            outs = [
-                run(student, batch, args) for batch in batches(held_out, tokenizer, args, device)
-            ]
-        history[-1] |= {f"eval_{name}": value for name, value in measures(outs).items()}
+            states = head_states(teacher, **batch)
+            shaping = fastpref.teacher_shaping(states, lm_head_of(teacher), labels)
+        states, head = head_states(student, **batch)[:, :-1], lm_head_of(student)
+        return fastpref.tvkd_loss(states, head, labels, shaping, beta=args.beta, alpha=args.alpha)
+
+    def evaluate(when: str) -> None:
+        with torch.no_grad():
+            outs = [loss_of(batch) for batch in test_loader]
+        margins = torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs])
+        accuracy = (margins > 0).float().mean()
+        print(f"{when} training: margin {margins.mean():.3f}, accuracy {accuracy:.0%}")
+
+    evaluate("before")
+    for batch in loader:
+        loss_of(batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    evaluate("after")
     student.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    report(history, args.output_dir, "TVKD, a plain loop")
-    return history
-
-
-def with_shaping(args: Arguments, *parts: Dataset) -> list[Dataset]:
-    """Pairs with the teacher's shaping; the file stays, and is used again."""
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    teacher, tokenizer = load_teacher(model_source(args.teacher))
-    files = [Path(args.output_dir) / f"{name}-shaping.parquet" for name in ("train", "eval")]
-    return [
-        add_shaping(part, teacher, tokenizer, file, max_length=args.max_length)
-        for part, file in zip(parts, files, strict=True)
-    ]
-
-
-def batches(pairs: Dataset, tokenizer: Any, args: Arguments, device: torch.device) -> list[Any]:
-    """Tokens, attention mask, labels and shaping of so many pairs, chosen rows first."""
-    tokenized, _ = tokenize_rows(pairs, tokenizer, max_length=args.max_length, context_length=None)
-    found = []
-    for start in range(0, len(tokenized), args.batch_size):
-        part = tokenized[start : start + args.batch_size]
-        rows = pairs[[pair.row for pair in part]]
-        shaping = torch.tensor(rows["chosen_shaping"] + rows["rejected_shaping"])
-        found.append([tensor.to(device) for tensor in (*pad_pairs(part), shaping)])
-    return found
-
-
-def run(student: Any, batch: list[torch.Tensor], args: Arguments) -> fastpref.TVKDOutput:
-    """The loss of a batch, computed where the student's head is: there are no logits."""
-    tokens, attention, labels, shaping = batch
-    options: dict[str, Any] = {"labels": labels, "shaping": shaping}
-    options |= {"beta": args.beta, "alpha": args.alpha}
-
-    def at_head(states: torch.Tensor, head: Any) -> dict[str, Any]:
-        return {"out": fastpref.tvkd_loss(states[:, :-1], **options, **head._asdict())}
-
-    return student(input_ids=tokens, attention_mask=attention, at_head=at_head)["out"]
-
-
-def measures(outs: list[fastpref.TVKDOutput]) -> dict[str, float]:
-    """Mean margin and accuracy of the student's rewards, and the peak so far."""
-    margins = torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs])
-    return {
-        "rewards/margins": margins.mean().item(),
-        "rewards/accuracies": (margins > 0).float().mean().item(),
-        "peak_memory_mb": peak_memory_mb(),
-    }
 
 
 if __name__ == "__main__":

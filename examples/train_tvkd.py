@@ -1,7 +1,10 @@
-"""TVKD with TRL: a student learns from preferences, shaped by the values of a teacher.
+"""TVKD with TRL: a student learns from preference pairs, guided by a teacher's values.
 
-Here, with SmolLM2 as the teacher and its first layers as the student, in minutes on a CPU:
-    python examples/train_tvkd.py --config examples/smollm2_tvkd.yaml --dataset pairs.jsonl
+    L = -log sigmoid(m_chosen - m_rejected),  m = beta * log p_student(y|x) - alpha * shaping(y)
+
+where shaping(y) is what the teacher's value logsumexp(logits) gains over the response. In minutes
+on a CPU, after `python examples/smollm2.py`:
+    python examples/train_tvkd.py --config examples/smollm2_tvkd.yaml
 The paper's recipe, on four GPUs:
     accelerate launch --num_processes 4 examples/train_tvkd.py --config examples/llama_tvkd.yaml
 """
@@ -10,53 +13,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from common import (
-    SMOLLM2,
-    ExampleArguments,
-    PeakMemory,
-    fine_tune,
-    load_pairs,
-    load_student,
-    load_tokenizer,
-    model_source,
-    report,
-)
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
+from fastpref.teacher import read_rows
 
 
 @dataclass
-class Arguments(ExampleArguments):
-    """The teacher beside them."""
+class Arguments:
+    """Models and pairs; everything else is an option of TVKDConfig."""
 
-    teacher: str = field(
-        default=SMOLLM2,
-        metadata={"help": 'As the student; "" where the pairs have columns of `fastpref values`.'},
+    student: str = field(metadata={"help": "A folder, or a name on the Hub."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "The same; none if the pairs have columns of its shaping."}
+    )
+    dataset: str = field(
+        default=str(Path(__file__).with_name("pairs.jsonl")),
+        metadata={"help": "A .jsonl or .parquet file, or a name on the Hub."},
+    )
+    test_size: int = field(default=12, metadata={"help": "Pairs to evaluate on, not trained on."})
+    trained_layers: int | None = field(
+        default=None, metadata={"help": "Train only the last so many layers."}
     )
 
 
 def main(argv: Sequence[str] | None = None) -> TVKDTrainer:
-    """Train, save, and show what happened."""
+    """Train, evaluate and save the student."""
     args, config = TrlParser((Arguments, TVKDConfig)).parse_args_and_config(argv)
-    tokenizer = load_tokenizer(args.student)
-    train, held_out = load_pairs(args, tokenizer, config.max_length)
-    lengths = {"max_length": config.max_length, "seed": config.seed}
-    student = fine_tune(load_student(args), args, train, tokenizer, **lengths)
+    pairs = Dataset.from_list([*read_rows(args.dataset)]).train_test_split(args.test_size, seed=0)
+    student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
+    if args.trained_layers is not None:
+        student.requires_grad_(False)
+        student.model.layers[-args.trained_layers :].requires_grad_(True)
     trainer = TVKDTrainer(
         student,
         args=config,
-        teacher_model=model_source(args.teacher) if args.teacher else None,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[PeakMemory()],
+        teacher_model=args.teacher,
+        train_dataset=pairs["train"],
+        eval_dataset=pairs["test"],
     )
-    trainer.train()
+    trainer.train()  # logs rewards/margins, rewards/accuracies, shaping/chosen, ...
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        report(trainer.state.log_history, config.output_dir, "TVKD")
     return trainer
 
 

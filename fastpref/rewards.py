@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_device, check_floating, refuse
-from fastpref.ops.matmul import statistics_dtype
+from fastpref.ops.backend import statistics_dtype
 from fastpref.sequences import check_pairs, check_states, labels_of_states, last_position
 
 

@@ -5,11 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on, projection_config, reads_through_descriptors
+from .launch import projection_config, reads_through_descriptors
 from .logsumexp_persistent import persistent_logsumexp
-from .online import LOWEST, fold_projection, load_labels, store_split
-from .projection import GROUP_ROWS, project_tile, row_block_and_split, split_vocabulary
-from .transform import Transform, transform_arguments
+from .numerics import LOWEST, Transform
+from .online import fold_projection, store_split
+from .projection import (
+    label_logits,
+    launch_projection,
+    load_labels,
+    project_tile,
+    rows_of_program,
+)
 
 
 def projection_logsumexp(
@@ -29,50 +35,18 @@ def projection_logsumexp(
     logsumexp.
     """
     n_rows = hidden.shape[0] if rows is None else rows.shape[0]
-    vocab_size, hidden_size = weight.shape
-    target_logit = hidden.new_full(
-        (0 if labels is None else n_rows,), float("nan"), dtype=torch.float32
-    )
     if n_rows == 0:
-        return target_logit, target_logit.new_empty(0)
-
+        nothing = label_logits(hidden, None)
+        return nothing, nothing
     if reads_through_descriptors(hidden, weight, n_rows):
         if rows is not None:  # gathered: a descriptor reads rows that lie side by side
             hidden = hidden.index_select(0, rows)
-        lse = persistent_logsumexp(hidden, weight, bias, labels, target_logit, transform)
-        return target_logit, torch.logsumexp(lse, dim=0)
-    config = projection_config(hidden, weight, n_rows)
-    row_blocks, splits, tiles_per_split = split_vocabulary(
-        n_rows, vocab_size, config.block_rows, config.block_vocab
-    )
-    lse = target_logit.new_empty((splits, n_rows))
-    with on(hidden.device):
-        _projection_logsumexp_kernel[(row_blocks * splits,)](
-            hidden,
-            weight,
-            None if bias is None else bias.contiguous(),
-            None if labels is None else labels.contiguous(),
-            None if rows is None else rows.contiguous(),
-            target_logit,
-            lse,
-            n_rows,
-            vocab_size,
-            hidden_size,
-            splits,
-            tiles_per_split,
-            hidden.stride(0),
-            hidden.stride(1),
-            weight.stride(0),
-            weight.stride(1),
-            **transform_arguments(transform),
-            EVEN_HIDDEN=hidden_size % config.block_hidden == 0,
-            GROUP_ROWS=GROUP_ROWS,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_VOCAB=config.block_vocab,
-            BLOCK_HIDDEN=config.block_hidden,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        target_logit, lse = persistent_logsumexp(hidden, weight, bias, labels, transform)
+    else:
+        target_logit, (lse,) = launch_projection(
+            _projection_logsumexp_kernel, hidden, weight, bias, labels, rows, transform,
+            projection_config(hidden, weight, n_rows), numbers=1,
+        )  # fmt: skip
     return target_logit, torch.logsumexp(lse, dim=0)
 
 
@@ -106,16 +80,9 @@ def _projection_logsumexp_kernel(
     BLOCK_HIDDEN: tl.constexpr,
 ):
     """One block of rows against one split of the vocabulary."""
-    row_block, split = row_block_and_split(n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_exists = row < n_rows
-    # Rows and columns past the end read the last one: what comes of them is dropped later, and the
-    # loads in the inner loop need no mask.
-    row = tl.minimum(row, n_rows - 1)
-    source = row.to(tl.int64)
-    if rows_ptr is not None:
-        source = tl.load(rows_ptr + row).to(tl.int64)
-    hidden_rows = hidden_ptr + source[:, None] * hidden_stride_row
+    split, row, row_exists, hidden_rows = rows_of_program(
+        hidden_ptr, rows_ptr, n_rows, splits, hidden_stride_row, GROUP_ROWS, BLOCK_ROWS
+    )
     label = -1
     if labels_ptr is not None:
         label = load_labels(labels_ptr, row, vocab_size)
@@ -126,11 +93,9 @@ def _projection_logsumexp_kernel(
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab_size, BLOCK_VOCAB))
     for tile in range(first_tile, end_tile):
-        column = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
-        existing = tl.minimum(column, vocab_size - 1)
-        weight_rows = weight_ptr + existing.to(tl.int64)[None, :] * weight_stride_row
         x = project_tile(
-            hidden_rows, weight_rows, hidden_size, hidden_stride_col, weight_stride_col,
+            hidden_rows, weight_ptr, tile, vocab_size, hidden_size,
+            hidden_stride_col, weight_stride_row, weight_stride_col,
             EVEN_HIDDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
         maximum, sum_exp, target_logit = fold_projection(

@@ -8,17 +8,15 @@ next one are on their way.
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .dot import dot
 from .launch import PERSISTENT_CONFIG, multiprocessors, on
-from .online import LOWEST, fold_projection, load_labels, store_split
-from .projection import GROUP_ROWS, row_block_and_split_of
-from .transform import Transform, transform_arguments
+from .numerics import LOWEST, Transform, transform_arguments
+from .online import fold_projection, store_split
+from .projection import GROUP_ROWS, dot, label_logits, load_labels, row_block_and_split_of
 
 MAX_SPLITS = 256
 
@@ -28,10 +26,9 @@ def persistent_logsumexp(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor | None,  # (n,) int64
-    target_logit: Tensor,  # (n,) float32, written where the label is in [0, V); empty without
     transform: Transform,
-) -> Tensor:  # (splits, n) float32
-    """Compute the logsumexp of every split of the vocabulary, labels left out, and their logits."""
+) -> tuple[Tensor, Tensor]:  # (n,) float32 or empty, (splits, n) float32
+    """Compute the labels' logits and the logsumexp of each split of the vocabulary without them."""
     (n_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     config = PERSISTENT_CONFIG
     programs = multiprocessors(hidden.device)
@@ -39,7 +36,8 @@ def persistent_logsumexp(
     tiles = triton.cdiv(vocab_size, config.block_vocab)
     tiles_per_split = even_split(row_blocks, tiles, programs)
     splits = triton.cdiv(tiles, tiles_per_split)
-    lse = hidden.new_empty((splits, n_rows), dtype=torch.float32)
+    target_logit = label_logits(hidden, labels)
+    lse = target_logit.new_empty((splits, n_rows))
     # The host makes the descriptors and hands them over as arguments, which a CUDA graph keeps.
     # Descriptors made by the kernel would need memory, from an allocator that Triton has one of in
     # each thread: users may have set theirs, and autograd's threads have none.
@@ -67,7 +65,7 @@ def persistent_logsumexp(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return lse
+    return target_logit, lse
 
 
 @lru_cache

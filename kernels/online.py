@@ -3,10 +3,7 @@
 import triton
 import triton.language as tl
 
-from .transform import transform_logits
-
-# A finite start keeps `maximum - maximum` from being NaN while every logit so far is -inf.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+from .projection import tile_logits
 
 
 @triton.jit
@@ -30,12 +27,10 @@ def fold_projection(
 
     Columns past the vocabulary do not count.
     """
-    column = first_column + tl.arange(0, COLUMNS)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
-        x += bias.to(tl.float32)[None, :]
-    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
+    column, z = tile_logits(
+        x, first_column, vocab_size, bias_ptr, logit_scale, softcap, temperature,
+        HAS_SOFTCAP, COLUMNS,
+    )  # fmt: skip
     if HAS_LABELS:
         in_tile = (label >= first_column) & (label < first_column + COLUMNS)
         if tl.max(in_tile.to(tl.int32), axis=0) == 1:
@@ -46,13 +41,6 @@ def fold_projection(
     sum_exp *= tl.exp(maximum - new_maximum)
     sum_exp += tl.sum(tl.exp(z - new_maximum[:, None]), axis=1)
     return new_maximum, sum_exp, target_logit
-
-
-@triton.jit
-def load_labels(labels_ptr, row, vocab_size):
-    """Labels of rows as 32-bit integers, which compare faster; -1, no column, for one outside."""
-    label = tl.load(labels_ptr + row)
-    return tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
 
 
 @triton.jit

@@ -1,12 +1,16 @@
-"""What kernels built on `hidden @ weight.T` share: the order of their programs, and one product."""
+"""What kernels built on `hidden @ weight.T` share: their launch, their order, and one tile."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .dot import dot
+from .launch import ProjectionConfig, on
+from .numerics import Transform, transform_arguments, transform_logits
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # The vocabulary is split until there are enough programs to fill any device, and at least so often
 # that the programs of one wave form a square of row blocks and splits that share their operands.
 PROGRAMS = 512
@@ -31,10 +35,67 @@ def split_vocabulary(n_rows: int, vocab_size: int, block_rows: int, block_vocab:
     return Split(row_blocks, triton.cdiv(tiles, tiles_per_split), tiles_per_split)
 
 
-@triton.jit
-def row_block_and_split(n_rows, splits, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Block of rows and split of this program."""
-    return row_block_and_split_of(tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
+def label_logits(hidden: Tensor, labels: Tensor | None) -> Tensor:
+    """Where kernels write the label's logit (n,), NaN until then; empty without labels."""
+    count = 0 if labels is None else labels.shape[0]
+    return hidden.new_full((count,), float("nan"), dtype=torch.float32)
+
+
+def launch_projection(
+    kernel: Any,
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (n,) int64
+    rows: Tensor | None,  # (n,) int64
+    transform: Transform,
+    config: ProjectionConfig,
+    *,
+    numbers: int,
+    **constants: bool,
+) -> tuple[Tensor, Tensor]:  # (n,) float32 or empty, (numbers, splits, n) float32
+    """Run `kernel` for every block of rows and every split of the vocabulary.
+
+    Returns the labels' logits and the numbers of each split.
+    """
+    n_rows = hidden.shape[0] if rows is None else rows.shape[0]
+    vocab_size, hidden_size = weight.shape
+    row_blocks, splits, tiles_per_split = split_vocabulary(
+        n_rows, vocab_size, config.block_rows, config.block_vocab
+    )
+    target_logit = label_logits(hidden, labels)
+    parts = target_logit.new_empty((numbers, splits, n_rows))
+    if numbers > 1:  # a kernel writes those that are wanted
+        parts.zero_()
+    with on(hidden.device):
+        kernel[(row_blocks * splits,)](
+            hidden,
+            weight,
+            None if bias is None else bias.contiguous(),
+            None if labels is None else labels.contiguous(),
+            None if rows is None else rows.contiguous(),
+            target_logit,
+            parts,
+            n_rows,
+            vocab_size,
+            hidden_size,
+            splits,
+            tiles_per_split,
+            hidden.stride(0),
+            hidden.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            **transform_arguments(transform),
+            **constants,
+            EVEN_HIDDEN=hidden_size % config.block_hidden == 0,
+            GROUP_ROWS=GROUP_ROWS,
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_VOCAB=config.block_vocab,
+            BLOCK_HIDDEN=config.block_hidden,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return target_logit, parts
 
 
 @triton.jit
@@ -53,18 +114,53 @@ def row_block_and_split_of(
 
 
 @triton.jit
+def rows_of_program(
+    hidden_ptr,  # (N, H)
+    rows_ptr,  # (n,) or None
+    n_rows,
+    splits,
+    hidden_stride_row,
+    GROUP_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Split, rows, whether these exist, and pointers to their hidden states (BLOCK_ROWS, 1).
+
+    Rows past the end are the last one: what comes of them is dropped later, and the loads in the
+    inner loop need no mask.
+    """
+    row_block, split = row_block_and_split_of(
+        tl.program_id(0), n_rows, splits, GROUP_ROWS, BLOCK_ROWS
+    )
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_exists = row < n_rows
+    row = tl.minimum(row, n_rows - 1)
+    source = row.to(tl.int64)
+    if rows_ptr is not None:
+        source = tl.load(rows_ptr + row).to(tl.int64)
+    return split, row, row_exists, hidden_ptr + source[:, None] * hidden_stride_row
+
+
+@triton.jit
 def project_tile(
     hidden_rows,  # (BLOCK_ROWS, 1) pointers to the start of each row
-    weight_rows,  # (1, BLOCK_VOCAB) pointers to the start of each column
+    weight_ptr,  # (V, H)
+    tile,  # which columns: tile * BLOCK_VOCAB and on
+    vocab_size,
     hidden_size,
     hidden_stride_col,
+    weight_stride_row,
     weight_stride_col,
     EVEN_HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """One tile (BLOCK_ROWS, BLOCK_VOCAB) float32 of the projection, without bias."""
+    """One tile (BLOCK_ROWS, BLOCK_VOCAB) float32 of the projection, without bias.
+
+    Columns past the end are the last one.
+    """
+    column = tl.minimum(tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB), vocab_size - 1)
+    weight_rows = weight_ptr + column.to(tl.int64)[None, :] * weight_stride_row
     x = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
     for start in range(0, hidden_size, BLOCK_HIDDEN):
         k = start + tl.arange(0, BLOCK_HIDDEN)
@@ -79,3 +175,42 @@ def project_tile(
             b = tl.load(weight_ptrs, mask=(k < hidden_size)[:, None], other=0.0)
         x = dot(a, b, x)
     return x
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """`accumulator + a @ b`: (M, K), (K, N), (M, N) float32 -> (M, N) float32."""
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    # "ieee" concerns float32 operands alone: without it they would be rounded to tf32.
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def tile_logits(
+    x,  # (ROWS, COLUMNS) float32 projections, without bias
+    first_column,  # of the tile
+    vocab_size,
+    bias_ptr,  # (V,) or None
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Columns of a tile and their logits, -inf past the vocabulary."""
+    column = first_column + tl.arange(0, COLUMNS)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
+        x += bias.to(tl.float32)[None, :]
+    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    return column, tl.where((column < vocab_size)[None, :], z, -float("inf"))
+
+
+@triton.jit
+def load_labels(labels_ptr, row, vocab_size):
+    """Labels of rows as 32-bit integers, which compare faster; -1, no column, for one outside."""
+    label = tl.load(labels_ptr + row)
+    return tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)

@@ -2,20 +2,22 @@
 
 from typing import Protocol
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on, projection_config
-from .projection import GROUP_ROWS, project_tile, row_block_and_split, split_vocabulary
-from .transform import Transform, transform_arguments, transform_logits
+from .launch import projection_config
+from .numerics import FAR, LOWEST, Transform
+from .projection import (
+    launch_projection,
+    load_labels,
+    project_tile,
+    rows_of_program,
+    tile_logits,
+)
 
 # The tiles for few rows keep more numbers a thread, and have no registers for so many sums.
 MANY_ROWS = 4096
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-# So far below the maximum an exponential is 0; and twice it is finite, so that 0 times it is 0.
-FAR = tl.constexpr(1e30)
 
 
 class Sums(Protocol):
@@ -51,46 +53,11 @@ def projection_partials(
     does not want is 0. Where all logits are -inf, so is `z[top]`, and the sums are 0. The label's
     logit is NaN for a label outside `[0, V)`, and empty with `labels=None`.
     """
-    n_rows = hidden.shape[0] if rows is None else rows.shape[0]
-    vocab_size, hidden_size = weight.shape
-    target_logit = hidden.new_full(
-        (0 if labels is None else n_rows,), float("nan"), dtype=torch.float32
-    )
-    config = projection_config(hidden, weight, MANY_ROWS)
-    row_blocks, splits, tiles_per_split = split_vocabulary(
-        n_rows, vocab_size, config.block_rows, config.block_vocab
-    )
-    parts = target_logit.new_zeros((5, splits, n_rows))
-    with on(hidden.device):
-        _projection_partials_kernel[(row_blocks * splits,)](
-            hidden,
-            weight,
-            None if bias is None else bias.contiguous(),
-            None if labels is None else labels.contiguous(),
-            None if rows is None else rows.contiguous(),
-            target_logit,
-            parts,
-            n_rows,
-            vocab_size,
-            hidden_size,
-            splits,
-            tiles_per_split,
-            hidden.stride(0),
-            hidden.stride(1),
-            weight.stride(0),
-            weight.stride(1),
-            **transform_arguments(transform),
-            SECOND=sums.second,
-            SHORTFALL=sums.shortfall,
-            SQUARES=sums.squares,
-            EVEN_HIDDEN=hidden_size % config.block_hidden == 0,
-            GROUP_ROWS=GROUP_ROWS,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_VOCAB=config.block_vocab,
-            BLOCK_HIDDEN=config.block_hidden,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    target_logit, parts = launch_projection(
+        _projection_partials_kernel, hidden, weight, bias, labels, rows, transform,
+        projection_config(hidden, weight, MANY_ROWS), numbers=5,
+        SECOND=sums.second, SHORTFALL=sums.shortfall, SQUARES=sums.squares,
+    )  # fmt: skip
     return parts, target_logit
 
 
@@ -127,20 +94,11 @@ def _projection_partials_kernel(
     BLOCK_HIDDEN: tl.constexpr,
 ):
     """One block of rows against one split of the vocabulary."""
-    row_block, split = row_block_and_split(n_rows, splits, GROUP_ROWS, BLOCK_ROWS)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_exists = row < n_rows
-    # Rows and columns past the end read the last one: what comes of them is dropped later, and the
-    # loads in the inner loop need no mask.
-    row = tl.minimum(row, n_rows - 1)
-    source = row.to(tl.int64)
-    if rows_ptr is not None:
-        source = tl.load(rows_ptr + row).to(tl.int64)
-    hidden_rows = hidden_ptr + source[:, None] * hidden_stride_row
+    split, row, row_exists, hidden_rows = rows_of_program(
+        hidden_ptr, rows_ptr, n_rows, splits, hidden_stride_row, GROUP_ROWS, BLOCK_ROWS
+    )
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + row)
-        # Comparing 32-bit integers is cheaper; -1 is no column.
-        label = tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
+        label = load_labels(labels_ptr, row, vocab_size)
 
     maximum = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
     second = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
@@ -150,18 +108,15 @@ def _projection_partials_kernel(
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab_size, BLOCK_VOCAB))
     for tile in range(first_tile, end_tile):
-        column = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
-        existing = tl.minimum(column, vocab_size - 1)
-        weight_rows = weight_ptr + existing.to(tl.int64)[None, :] * weight_stride_row
         x = project_tile(
-            hidden_rows, weight_rows, hidden_size, hidden_stride_col, weight_stride_col,
+            hidden_rows, weight_ptr, tile, vocab_size, hidden_size,
+            hidden_stride_col, weight_stride_row, weight_stride_col,
             EVEN_HIDDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + existing).to(tl.float32)[None, :]
-        z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-
-        z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
+        column, z = tile_logits(
+            x, tile * BLOCK_VOCAB, vocab_size, bias_ptr, logit_scale, softcap, temperature,
+            HAS_SOFTCAP, BLOCK_VOCAB,
+        )  # fmt: skip
         if labels_ptr is not None:
             in_tile = (label >= tile * BLOCK_VOCAB) & (label < (tile + 1) * BLOCK_VOCAB)
             if tl.max(in_tile.to(tl.int32), axis=0) == 1:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ELEMENT_WARPS, ELEMENTS, on
-from .transform import Transform, transform_arguments, transform_logits
+from .numerics import FAR, Transform, transform_arguments, transform_logits
 
 
 def fold_tile(
@@ -20,6 +20,8 @@ def fold_tile(
     maximum: Tensor,  # (n,) float32
     sum_exp: Tensor,  # (n,) float32
     target_logit: Tensor,  # (n,) float32
+    rest: Tensor | None = None,  # (n,) float32
+    shortfall: Tensor | None = None,  # (n,) float32
     exponentials: Tensor | None = None,  # (n, w)
     rescale: Tensor | None = None,  # (n,) float32
 ) -> None:
@@ -28,6 +30,10 @@ def fold_tile(
     With `z = T(tile)`: `maximum = max(maximum, z)`, `sum_exp = sum(exp(z - maximum))` over all
     columns seen, `target_logit = z[label]` if the label is in this tile. Start from the lowest
     finite float32, 0 and NaN. Vectors written to are contiguous; matrices have contiguous rows.
+
+    `rest`, given with `shortfall`, is `sum_exp` without the largest logit, so that it keeps its
+    digits where the sum is nearly one; `shortfall = sum(exp(z - maximum) * (maximum - z))`. Both
+    start from 0.
 
     `exponentials` receives `exp(z - maximum) * dz/dx`, 0 at the label, and `rescale`, given with
     it, `exp(previous maximum - maximum)`: what was accumulated before needs this factor.
@@ -44,6 +50,8 @@ def fold_tile(
             maximum,
             sum_exp,
             target_logit,
+            rest,
+            shortfall,
             exponentials,
             rescale,
             width,
@@ -99,6 +107,8 @@ def _fold_tile_kernel(
     maximum_ptr,  # (n,)
     sum_exp_ptr,  # (n,)
     target_logit_ptr,  # (n,)
+    rest_ptr,  # (n,) or None
+    shortfall_ptr,  # (n,), or None with rest_ptr
     exponentials_ptr,  # (n, w) or None
     rescale_ptr,  # (n,), or None with exponentials_ptr
     width,
@@ -135,18 +145,40 @@ def _fold_tile_kernel(
     maximum = tl.maximum(old_maximum, tl.max(largest, axis=0))
 
     sums = tl.zeros((BLOCK,), tl.float32)
+    tops = tl.zeros((BLOCK,), tl.float32)
+    shortfalls = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(tile_ptr + column, mask=column < width, other=0.0)
         z, slope = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
         counted = (column < width) & (column != label)
         exponential = tl.where(counted, tl.exp(z - maximum), 0.0)
-        sums += exponential
+        if rest_ptr is None:
+            sums += exponential
+        else:
+            is_top = counted & (z == maximum)
+            exponential_of_rest = tl.where(is_top, 0.0, exponential)
+            tops += tl.where(is_top, 1.0, 0.0)
+            sums += exponential_of_rest
+            # 0 times -inf would be NaN.
+            shortfalls += exponential_of_rest * tl.minimum(maximum - z, FAR)
         if exponentials_ptr is not None:
             out_ptrs = exponentials_ptr + row * exponentials_stride + column
             tl.store(out_ptrs, exponential * slope, mask=column < width)
-    rescale = tl.exp(old_maximum - maximum)
-    tl.store(sum_exp_ptr + row, tl.load(sum_exp_ptr + row) * rescale + tl.sum(sums, axis=0))
+    rise = maximum - old_maximum
+    rescale = tl.exp(-rise)
+    old_sum = tl.load(sum_exp_ptr + row)
+    tile_sum = tl.sum(sums, axis=0)
+    if rest_ptr is not None:
+        tile_tops = tl.sum(tops, axis=0)
+        # The largest so far becomes one of the rest where this tile has a larger one, which is out.
+        raised = tl.where(rise > 0.0, 1.0, 0.0)
+        rest = (tl.load(rest_ptr + row) + raised) * rescale + (tile_sum + (tile_tops - raised))
+        tl.store(rest_ptr + row, rest)
+        shortfall = (tl.load(shortfall_ptr + row) + rise * old_sum) * rescale
+        tl.store(shortfall_ptr + row, shortfall + tl.sum(shortfalls, axis=0))
+        tile_sum += tile_tops
+    tl.store(sum_exp_ptr + row, old_sum * rescale + tile_sum)
     tl.store(maximum_ptr + row, maximum)
     if exponentials_ptr is not None:
         tl.store(rescale_ptr + row, rescale)

@@ -1,4 +1,8 @@
-"""Which code runs on which device: Triton kernels where they can run, PyTorch everywhere else."""
+"""Which code runs on which device, and in which dtypes.
+
+Triton kernels run where they can, PyTorch everywhere else. Matrix products keep float32 sums of
+float16 and bfloat16 operands.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastpref.ops import tiles as torch_tiles
+from fastpref.ops import torch_tiles
 
 try:
     import triton
@@ -32,3 +36,42 @@ def tile_functions(tensor: Tensor) -> ModuleType:
     from fastpref.kernels import tiles as triton_tiles
 
     return triton_tiles
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def jacobian_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a Jacobian waits for the backward pass: that of the inputs.
+
+    But float32 for float16: ``1 - p`` of a certain token is below float16's smallest number, and
+    the loss scale that would lift it comes only with the incoming gradient.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def operand_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which matrix products take their operands.
+
+    CUDA multiplies 16-bit operands into float32 sums. Elsewhere PyTorch rounds the product to 16
+    bits, which costs up to 6 % of a probability, so operands are widened first.
+    """
+    return tensor.dtype if tensor.device.type == "cuda" else statistics_dtype(tensor.dtype)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out = left @ right``, or ``out += left @ right`` with ``add``.
+
+    ``left`` (n, k) has the dtype that `operand_dtype` gives and ``right`` (k, m) any; ``out``
+    (n, m) may be wider than both.
+    """
+    right = right.to(left.dtype)
+    # Before PyTorch 2.10 addmm with out_dtype refused a float32 sum to add to.
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    elif add:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)

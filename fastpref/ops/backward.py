@@ -5,21 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import tile_functions
-from fastpref.ops.cache import TileCache
-from fastpref.ops.forward import project
-from fastpref.ops.matmul import multiply, operand_dtype
-from fastpref.ops.tiles import write_at_labels
-from fastpref.ops.tiling import carve, tile_grid
-from fastpref.ops.transform import LogitTransform
+from fastpref.ops.backend import multiply, tile_functions
+from fastpref.ops.operands import Logits
+from fastpref.ops.tiling import TileCache, carve, tile_grid
+from fastpref.ops.torch_tiles import write_at_labels
 
 
 def gradients(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (n,) int64
-    transform: LogitTransform,
+    logits: Logits,
     logps: Tensor,  # (n,), empty without labels
     lse: Tensor,  # (n,)
     probability_coefficients: Tensor,  # (n,)
@@ -37,11 +30,12 @@ def gradients(
     """
     # Finite, so that no difference to it is NaN in a row whose every logit is -inf.
     lse = lse.clamp_min(torch.finfo(lse.dtype).min)
-    grid = tile_grid(hidden.shape[0], weight.shape[0], hidden.device, lse.dtype)
-    gradient_tile = tile_functions(hidden).gradient_tile
-    hidden = hidden.to(operand_dtype(hidden))
-    scratch = grid.buffer(hidden.device, lse.dtype)
-    operands = grid.operand_buffer(scratch, hidden.dtype)
+    gradient_tile = tile_functions(logits.hidden).gradient_tile
+    logits = logits.in_dtype_of_products()
+    hidden, weight, transform = logits.hidden, logits.weight, logits.transform
+    grid = tile_grid(*logits.shape(), lse)
+    scratch = grid.buffer(lse)
+    operands = scratch if scratch.dtype == hidden.dtype else grid.buffer(hidden)
     tiles = TileCache(cache, grid, hidden.dtype, scratch.dtype)
     # Cached tiles have their slope in them, all but the label's.
     label_gradients = label_coefficients * transform.slope(logps + lse if len(logps) else lse)
@@ -50,11 +44,11 @@ def gradients(
         bias_total = _total(bias_gradient, columns, lse.dtype)
         for rows in grid.row_blocks():
             gradient = carve(operands, rows.stop - rows.start, columns.stop - columns.start)
-            row_labels = None if labels is None else labels[rows]
+            row_labels = logits.labels_of(rows)
             kept = tiles.tile(rows, columns)
             if kept is None:
                 gradient_tile(
-                    project(hidden[rows], weight, bias, columns, scratch),
+                    logits.project(rows, columns, scratch),
                     row_labels, columns.start, transform, lse[rows],
                     probability_coefficients[rows], label_coefficients[rows], gradient,
                 )  # fmt: skip

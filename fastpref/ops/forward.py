@@ -9,141 +9,167 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpref.ops.backend import tile_functions
-from fastpref.ops.cache import TileCache
-from fastpref.ops.matmul import jacobian_dtype, multiply, operand_dtype, statistics_dtype
-from fastpref.ops.tiling import Tiling, carve, tile_grid
-from fastpref.ops.transform import LogitTransform
+from fastpref.ops.backend import jacobian_dtype, multiply, statistics_dtype, tile_functions
+from fastpref.ops.linear_stats_op import Partial, Sums, merge, partial_of_rows
+from fastpref.ops.operands import Logits, Operands, take
+from fastpref.ops.tiling import TileCache, carve, tile_grid
+
+
+class Running(NamedTuple):
+    """What is known of rows (n,) from the columns so far, but the labels'; see `fold_tile`."""
+
+    maximum: Tensor
+    sum_exp: Tensor
+    target_logit: Tensor
+    rest: Tensor | None  # None, as the next, where no statistics are wanted
+    shortfall: Tensor | None
+
+    @classmethod
+    def start(cls, logits: Logits, *, stats: bool) -> Running:
+        """Of no column."""
+        dtype = statistics_dtype(logits.hidden.dtype)
+        # A finite start: -inf minus -inf would be NaN where a whole tile is masked.
+        maximum = logits.hidden.new_full(
+            (logits.hidden.shape[0],), torch.finfo(dtype).min, dtype=dtype
+        )
+        zeros = torch.zeros_like(maximum)
+        more = (zeros.clone(), zeros.clone()) if stats else (None, None)
+        return cls(maximum, zeros, torch.full_like(maximum, math.nan), *more)
+
+    def of(self, rows: slice) -> Running:
+        """Views of some rows."""
+        return Running._make(None if one is None else one[rows] for one in self)
+
+    def finish(self, labels: Tensor | None) -> Statistics:
+        """What follows once every column has been seen."""
+        maximum, sum_exp, target_logit, rest, shortfall = self
+        found = Statistics.join(target_logit, maximum + sum_exp.log(), labels)
+        if rest is None or shortfall is None:
+            return found
+        nothing, none = torch.zeros_like(rest), torch.full_like(rest, -torch.inf)
+        others = Partial(torch.where(sum_exp > 0, maximum, none), none, rest, shortfall, nothing)
+        label = Partial(target_logit, none, nothing, nothing, nothing)
+        both = Partial(*(torch.stack(one) for one in zip(others, label, strict=True)))
+        return found._replace(whole=merge(both))
 
 
 class Statistics(NamedTuple):
-    """What the vocabulary says about some rows.
+    """What the vocabulary says about some rows."""
 
-    Keeping the label out of the sum makes ``logps`` and ``1 - p(label)`` exact to their last digits
-    also where the model is certain.
-    """
+    logps: Tensor  # (n,) log-probabilities of the labels, empty without labels
+    lse: Tensor  # (n,) logsumexp of all logits
+    target_logit: Tensor  # (n,) the labels' logits; NaN for a label outside the vocabulary
+    whole: Partial | None = None  # numbers of all logits, where more statistics are wanted
 
-    target_logit: Tensor  # (n,) the label's logit; NaN for a label outside the vocabulary
-    lse_other: Tensor  # (n,) logsumexp of every other logit
+    @classmethod
+    def join(cls, target_logit: Tensor, lse_other: Tensor, labels: Tensor | None) -> Statistics:
+        """Statistics of a label's logit and of the logsumexp of every other one.
 
-    def logps(self) -> Tensor:
-        """Log-probabilities (n,) of the labels."""
-        return logsigmoid(self.target_logit - self.lse_other)
+        Keeping the label out of the sum makes ``logps`` and ``1 - p(label)`` exact to their last
+        digits also where the model is certain.
+        """
+        if labels is None:
+            return cls(lse_other.new_empty(0), lse_other, target_logit)
+        lse = torch.logaddexp(target_logit, lse_other)
+        return cls(logsigmoid(target_logit - lse_other), lse, target_logit)
 
-    def lse(self) -> Tensor:
-        """Logsumexp (n,) of all logits."""
-        return torch.logaddexp(self.target_logit, self.lse_other)
+    def numbers(self) -> Tensor:
+        """(n, 3) entropy, NaN for a label outside the vocabulary, largest and label's logit."""
+        assert self.whole is not None
+        entropy = self.whole.entropy().masked_fill(self.target_logit.isnan(), torch.nan)
+        return torch.stack((entropy, self.whole.maximum, self.target_logit), dim=1)
+
+
+def statistics_by_kernel(operands: Operands, rows: Tensor | None, *, stats: bool) -> Statistics:
+    """The statistics of some rows from one kernel that reads the head and holds no tile."""
+    if stats:
+        sums = Sums(second=False, shortfall=True, squares=False)
+        whole, target_logit = partial_of_rows(operands, rows, sums)
+        logps = target_logit - whole.maximum - whole.others.log1p()
+        return Statistics(logps, whole.lse(), target_logit, whole)
+    from fastpref.kernels.logsumexp import projection_logsumexp
+
+    hidden, weight, bias, labels = operands[:4]
+    labels = None if labels is None else take(labels, rows)
+    found = projection_logsumexp(hidden, weight, bias, labels, rows, operands.transform())
+    return Statistics.join(*found, labels)
 
 
 def statistics(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (n,) int64
-    transform: LogitTransform,
+    logits: Logits,
     *,
     cache: Tensor,  # uint8, flat, written: as many tiles of exponentials as it holds
+    stats: bool = False,
 ) -> Statistics:
     """Fold the vocabulary into the statistics of every row: one matrix product."""
-    grid, scratch, running = _start(hidden, weight)
-    fold_tile = tile_functions(hidden).fold_tile
-    hidden = hidden.to(operand_dtype(hidden))
-    tiles = TileCache(cache, grid, hidden.dtype, scratch.dtype)
+    fold_tile = tile_functions(logits.hidden).fold_tile
+    running = Running.start(logits, stats=stats)
+    logits = logits.in_dtype_of_products()
+    grid = tile_grid(*logits.shape(), running.maximum)
+    scratch = grid.buffer(running.maximum)
+    tiles = TileCache(cache, grid, logits.hidden.dtype, scratch.dtype)
     for rows in grid.row_blocks():
-        maximum, sum_exp, target_logit = (state[rows] for state in running)
+        maximum, sum_exp, target_logit, *more = running.of(rows)
         rescale = torch.empty_like(maximum)
         for columns in grid.column_blocks():
             kept = tiles.tile(rows, columns)
+            buffer = scratch
             # A product in the dtype of the cache goes straight into it, to be folded in place.
-            in_place = kept is not None and kept.exponentials.dtype == scratch.dtype
-            buffer = kept.exponentials.view(-1) if kept is not None and in_place else scratch
-            tile = project(hidden[rows], weight, bias, columns, buffer)
+            if kept is not None and kept.exponentials.dtype == scratch.dtype and not stats:
+                buffer = kept.exponentials.view(-1)
             fold_tile(
-                tile, _at(labels, rows), columns.start, transform,
-                maximum, sum_exp, target_logit,
+                logits.project(rows, columns, buffer), logits.labels_of(rows), columns.start,
+                logits.transform, maximum, sum_exp, target_logit, *more,
                 *((None, None) if kept is None else (kept.exponentials, rescale)),
             )  # fmt: skip
             if kept is not None:
                 kept.maximum.copy_(maximum)
-    return _finish(*running)
+    return running.finish(logits.labels)
 
 
-def statistics_and_jacobian(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (n,) int64
-    transform: LogitTransform,
-) -> tuple[Statistics, Tensor]:
+def statistics_and_jacobian(logits: Logits, *, stats: bool = False) -> tuple[Statistics, Tensor]:
     """The statistics, and (n, H) ``d logps / d hidden`` (without labels ``d lse / d hidden``).
 
     Two matrix products. As in flash attention, each tile of exponentials meets its stretch of the
     weight while it is in cache, relative to a running maximum that later tiles may raise.
     """
-    grid, scratch, running = _start(hidden, weight)
-    fold_tile = tile_functions(hidden).fold_tile
+    fold_tile = tile_functions(logits.hidden).fold_tile
     jacobian = torch.empty_like(
-        hidden, dtype=jacobian_dtype(hidden.dtype), memory_format=torch.contiguous_format
+        logits.hidden,
+        dtype=jacobian_dtype(logits.hidden.dtype),
+        memory_format=torch.contiguous_format,
     )
-    hidden = hidden.to(operand_dtype(hidden))
-    operands = grid.operand_buffer(scratch, hidden.dtype)
+    running = Running.start(logits, stats=stats)
+    logits = logits.in_dtype_of_products()
+    grid = tile_grid(*logits.shape(), running.maximum)
+    scratch = grid.buffer(running.maximum)
+    operands = scratch
+    if stats or scratch.dtype != logits.hidden.dtype:
+        operands = grid.buffer(logits.hidden)
     for rows in grid.row_blocks():
-        maximum, sum_exp, target_logit = (state[rows] for state in running)
+        maximum, sum_exp, target_logit, *more = running.of(rows)
         rescale = torch.empty_like(maximum)
-        total = hidden.new_empty(hidden[rows].shape, dtype=scratch.dtype)
+        total = logits.hidden.new_empty(logits.hidden[rows].shape, dtype=scratch.dtype)
         for columns in grid.column_blocks():
-            tile = project(hidden[rows], weight, bias, columns, scratch)
+            tile = logits.project(rows, columns, scratch)
             exponentials = carve(operands, *tile.shape)
             fold_tile(
-                tile, _at(labels, rows), columns.start, transform,
-                maximum, sum_exp, target_logit, exponentials, rescale,
+                tile, logits.labels_of(rows), columns.start, logits.transform,
+                maximum, sum_exp, target_logit, *more, exponentials, rescale,
             )  # fmt: skip
             if columns.start > 0:
                 total.mul_(rescale.unsqueeze(1))
-            multiply(exponentials, weight[columns], total, add=columns.start > 0)
+            multiply(exponentials, logits.weight[columns], total, add=columns.start > 0)
         # The sum is 0 only where every other logit is -inf, and then so is the total.
         total.div_(sum_exp.clamp_min(torch.finfo(sum_exp.dtype).tiny).unsqueeze(1))
+        labels = logits.labels_of(rows)
         if labels is not None:
-            others = _finish(maximum, sum_exp, target_logit).lse_other
-            label_rows = weight.index_select(0, labels[rows].clamp(0, weight.shape[0] - 1))
-            slope = transform.slope(target_logit)
+            others = maximum + sum_exp.log()
+            label_rows = logits.weight.index_select(0, labels.clamp(0, logits.shape()[1] - 1))
+            slope = logits.transform.slope(target_logit)
             slope = slope.unsqueeze(1) if isinstance(slope, Tensor) else slope
             # Wide before the slope, which in a narrow dtype would round, and overflow float16.
             torch.sub(label_rows.to(total.dtype).mul_(slope), total, out=total)
             total.mul_(torch.sigmoid(others - target_logit).unsqueeze(1))
         jacobian[rows] = total
-    return _finish(*running), jacobian
-
-
-def project(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    columns: slice,
-    scratch: Tensor,  # flat, overwritten
-) -> Tensor:  # (n, w), a view of scratch
-    """``hidden @ weight[columns].T + bias[columns]``."""
-    tile = carve(scratch, hidden.shape[0], columns.stop - columns.start)
-    multiply(hidden, weight[columns].T, tile)
-    return tile if bias is None else tile.add_(bias[columns])
-
-
-def _start(hidden: Tensor, weight: Tensor) -> tuple[Tiling, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    dtype = statistics_dtype(hidden.dtype)
-    grid = tile_grid(hidden.shape[0], weight.shape[0], hidden.device, dtype)
-    # A finite start: -inf minus -inf would be NaN where a whole tile is masked.
-    maximum = hidden.new_full((grid.rows,), torch.finfo(dtype).min, dtype=dtype)
-    target_logit = torch.full_like(maximum, math.nan)
-    return (
-        grid,
-        grid.buffer(hidden.device, dtype),
-        (maximum, torch.zeros_like(maximum), target_logit),
-    )
-
-
-def _finish(maximum: Tensor, sum_exp: Tensor, target_logit: Tensor) -> Statistics:
-    return Statistics(target_logit, maximum + sum_exp.log())
-
-
-def _at(labels: Tensor | None, rows: slice) -> Tensor | None:
-    return labels if labels is None else labels[rows]
+    return running.finish(logits.labels), jacobian

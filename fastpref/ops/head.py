@@ -16,13 +16,12 @@ from fastpref.checks import (
     check_number,
     refuse,
 )
-from fastpref.ops.linear_logps_op import linear_logps_op
-from fastpref.ops.transform import LogitTransform
+from fastpref.ops.torch_tiles import LogitTransform
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from fastpref.ops.vocab_shard import VocabShard
+    from fastpref.parallel.vocab_shard import VocabShard
 
 
 class Head(NamedTuple):
@@ -61,44 +60,6 @@ class PreparedHead(NamedTuple):
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
 
-def call_head(
-    hidden: Tensor,  # (..., H)
-    head: Head | Tensor,
-    labels: Tensor | None,  # (...) int64
-    *,
-    temperature: float,
-    ignore_index: int = -100,
-    compact: bool = True,
-    scratch_bytes: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Check and cast the arguments, run the operator.
-
-    Returns (...) log-probabilities and (...) ``temperature * logsumexp``.
-    """
-    if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
-        refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
-    ready = prepare_head(hidden, head, temperature, ignore_index, compact)
-    wants_gradient = torch.is_grad_enabled()
-    scratch_bytes = scratch_bytes if wants_gradient and ready.trains() else 0
-    shape = hidden.shape[:-1]
-    row_labels = None if labels is None else labels.reshape(-1)
-    if ready.shard is None:
-        jacobian = wants_gradient and ready.hidden.requires_grad and not ready.trains()
-        logps, lse, _, _ = linear_logps_op(
-            ready.hidden, ready.weight, ready.bias, row_labels, *ready.transform,
-            ignore_index, compact, jacobian, scratch_bytes,
-        )  # fmt: skip
-    else:
-        from fastpref.ops.vocab_shard import sharded_logps
-
-        logps, lse = sharded_logps(
-            ready.hidden, ready.weight, ready.bias, row_labels, ready.shard, ready.transform,
-            ignore_index, compact, scratch_bytes,
-        )  # fmt: skip
-    values = lse.view(shape) if temperature == 1 else lse.view(shape) * ready.transform.temperature
-    return logps if labels is None else logps.view(shape), values
-
-
 def prepare_head(
     hidden: Tensor,  # (..., H)
     head: Head | Tensor,
@@ -120,11 +81,11 @@ def prepare_head(
     check_flag("compact", compact)
     shard = None
     if group is not None:
-        from fastpref.ops.vocab_shard import shard_of_group
+        from fastpref.parallel.vocab_shard import shard_of_group
 
         shard = shard_of_group(hidden, weight, bias, group)
     elif _is_distributed(hidden, weight, bias):
-        from fastpref.ops.placements import local_head
+        from fastpref.parallel.placements import local_head
 
         hidden, weight, bias, shard = local_head(hidden, weight, bias)
     check_floating("hidden", hidden)
@@ -152,7 +113,7 @@ def vocabulary_size(head: Head | Tensor) -> int:
     check_floating("weight", weight)
     if group is None:
         return weight.shape[0]
-    from fastpref.ops.vocab_shard import shard_of_group
+    from fastpref.parallel.vocab_shard import shard_of_group
 
     return shard_of_group(weight, weight, None, group).total
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_labels, check_shape
-from fastpref.ops.head import Head, call_head
-from fastpref.ops.linear_stats import linear_stats
+from fastpref.checks import check_labels, check_shape, refuse
+from fastpref.ops.head import Head, prepare_head
+from fastpref.ops.linear_logps_op import linear_logps_op
+from fastpref.ops.operands import Operands
 
 
 class LogpsWithStats(NamedTuple):
@@ -73,9 +74,10 @@ def linear_logps(
         (torch.Size([2, 3]), 0.0)
         >>> logps.sum().backward()
     """
-    return _logps_and_lse(hidden, head, labels, temperature, ignore_index, compact, scratch_bytes)[
-        0
-    ]
+    return call_head(
+        hidden, head, labels, temperature=temperature,
+        ignore_index=ignore_index, compact=compact, scratch_bytes=scratch_bytes,
+    ).logps  # fmt: skip
 
 
 def linear_logps_with_stats(
@@ -116,15 +118,10 @@ def linear_logps_with_stats(
         >>> round(float(found.entropy[0, 0]), 3), float(found.entropy[0, 2])  # log 50, ignored
         (3.912, 0.0)
     """
-    logps, lse = _logps_and_lse(
-        hidden, head, labels, temperature, ignore_index, compact, scratch_bytes
-    )
-    with torch.no_grad():
-        found = linear_stats(
-            hidden, head, labels, stats=("entropy", "is_top1"), temperature=temperature,
-            ignore_index=ignore_index, compact=compact,
-        )  # fmt: skip
-    return LogpsWithStats(logps, lse, found["entropy"], found["is_top1"])
+    return call_head(
+        hidden, head, labels, temperature=temperature,
+        ignore_index=ignore_index, compact=compact, scratch_bytes=scratch_bytes, stats=True,
+    )  # fmt: skip
 
 
 def linear_logsumexp(hidden: Tensor, head: Head | Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -154,21 +151,48 @@ def linear_logsumexp(hidden: Tensor, head: Head | Tensor, *, temperature: float 
         >>> values.shape, round(float(values[0, 0]), 3)  # log 50
         (torch.Size([2, 3]), 3.912)
     """
-    return call_head(hidden, head, None, temperature=temperature)[1]
+    return call_head(hidden, head, None, temperature=temperature).lse
 
 
-def _logps_and_lse(
-    hidden: Tensor,
+def call_head(
+    hidden: Tensor,  # (..., H)
     head: Head | Tensor,
-    labels: Tensor,
+    labels: Tensor | None,  # (...) integers
+    *,
     temperature: float,
-    ignore_index: int,
-    compact: bool,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    check_labels(labels, hidden)
-    check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
-    return call_head(
-        hidden, head, labels.to(torch.int64), temperature=temperature,
-        ignore_index=ignore_index, compact=compact, scratch_bytes=scratch_bytes,
-    )  # fmt: skip
+    ignore_index: int = -100,
+    compact: bool = True,
+    scratch_bytes: int = 0,
+    stats: bool = False,
+) -> LogpsWithStats:
+    """Check and cast the arguments, run the operator; what is not wanted comes back empty."""
+    if labels is not None:
+        check_labels(labels, hidden)
+        check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
+        labels = labels.to(torch.int64).reshape(-1)
+    if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
+        refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
+    rows, weight, bias, transform, shard = ready = prepare_head(
+        hidden, head, temperature, ignore_index, compact
+    )
+    operands = (rows, weight, bias, labels, *transform, ignore_index, compact)
+    wants_gradient = torch.is_grad_enabled()
+    scratch_bytes = scratch_bytes if wants_gradient and ready.trains() else 0
+    if shard is None:
+        jacobian = wants_gradient and rows.requires_grad and not ready.trains()
+        logps, lse, _, numbers, _ = linear_logps_op(*operands, jacobian, stats, scratch_bytes)
+    else:
+        from fastpref.parallel.vocab_shard import sharded_logps
+
+        logps, lse, numbers = sharded_logps(Operands(*operands), shard, stats, scratch_bytes)
+    shape = hidden.shape[:-1]
+    values = lse.view(shape) if temperature == 1 else lse.view(shape) * transform.temperature
+    if labels is None:
+        return LogpsWithStats(logps, values, numbers, numbers)
+    logps = logps.view(shape)
+    if not stats:
+        return LogpsWithStats(logps, values, numbers, numbers)
+    entropy, maximum, target_logit = numbers.view(*shape, 3).unbind(-1)
+    ignored = labels.view(shape) == ignore_index
+    is_top1 = (target_logit >= maximum) & ~ignored
+    return LogpsWithStats(logps, values, entropy.masked_fill(ignored, 0), is_top1)

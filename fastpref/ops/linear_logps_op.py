@@ -11,177 +11,137 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import uses_triton
+from fastpref.ops.backend import jacobian_dtype, operand_dtype, statistics_dtype, uses_triton
 from fastpref.ops.backward import gradients
-from fastpref.ops.cache import TileCache
-from fastpref.ops.forward import Statistics, statistics, statistics_and_jacobian
-from fastpref.ops.matmul import jacobian_dtype, operand_dtype, statistics_dtype
-from fastpref.ops.rows import labelled_rows
-from fastpref.ops.tiling import tile_grid
-from fastpref.ops.transform import LogitTransform
+from fastpref.ops.forward import statistics, statistics_and_jacobian, statistics_by_kernel
+from fastpref.ops.operands import SCHEMA, Operands, spread, take
+from fastpref.ops.tiling import TileCache, tile_grid
 
 
-@torch.library.custom_op("fastpref::linear_logps", mutates_args=())
-def linear_logps_op(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (N,) int64
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    compact: bool,
-    jacobian: bool,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities (N,), logsumexp (N,), Jacobian (N, H) and a `TileCache`'s buffer (flat).
+def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
+    """Log-probabilities (N,), logsumexp (N,), Jacobian (N, H), stats (N, 3), kept tiles (flat).
 
+    The stats are entropy, the largest logit and the label's, 0 in rows that ``compact`` leaves out.
     What is not wanted is empty: log-probabilities without ``labels``, the Jacobian without
-    ``jacobian``, the cache without ``scratch_bytes``.
+    ``jacobian``, the stats without ``stats``, the tiles without ``scratch_bytes``.
     """
-    transform = LogitTransform(temperature, logit_scale, softcap)
-    rows = _rows(labels, weight, ignore_index, compact)
-    count = hidden.shape[0] if rows is None else rows.numel()
-    if count == 0:
-        fakes = _outputs(hidden, weight, labels, jacobian=jacobian, scratch_bytes=scratch_bytes)
-        return tuple(output.zero_() for output in fakes)  # type: ignore[return-value]
-    if labels is not None:
-        labels = _take(labels, rows)
-
-    found_jacobian = hidden.new_empty(0, dtype=jacobian_dtype(hidden.dtype))
-    cache = _cache(hidden, weight, scratch_bytes)
-    if jacobian:
-        found, found_jacobian = statistics_and_jacobian(
-            _take(hidden, rows), weight, bias, labels, transform
-        )
-    elif uses_triton(hidden) and not scratch_bytes:
-        from fastpref.kernels.logsumexp import projection_logsumexp
-
-        found = Statistics(*projection_logsumexp(hidden, weight, bias, labels, rows, transform))
+    operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
+    rows, count = operands.rows(), operands.hidden.shape[0]
+    if operands.count(rows) == 0:
+        return tuple(output.zero_() for output in _outputs(*arguments))
+    cache = _cache(operands, scratch_bytes)
+    jacobian = operands.hidden.new_empty(0, dtype=jacobian_dtype(operands.hidden.dtype))
+    if wants_jacobian:
+        found, jacobian = statistics_and_jacobian(operands.logits(rows), stats=wants_stats)
+    elif uses_triton(operands.hidden) and not scratch_bytes:
+        found = statistics_by_kernel(operands, rows, stats=wants_stats)
     else:
-        found = statistics(_take(hidden, rows), weight, bias, labels, transform, cache=cache)
+        found = statistics(operands.logits(rows), cache=cache, stats=wants_stats)
 
-    if labels is None:
-        return found.lse_other.new_empty(0), found.lse_other, found_jacobian, cache
-    logps, lse = found.logps(), found.lse()
-    if not compact:
-        ignored = labels == ignore_index
+    logps, lse = found.logps, found.lse
+    stats = found.numbers() if wants_stats else lse.new_empty(0)
+    if operands.labels is None:
+        return logps, lse, jacobian, stats, cache
+    if not operands.compact:
+        ignored = operands.labels == operands.ignore_index
         logps, lse = logps.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
-        if jacobian:
-            found_jacobian.masked_fill_(ignored.unsqueeze(1), 0)
-    if jacobian:
-        found_jacobian = _spread(found_jacobian, rows, hidden.shape[0])
-    logps, lse = (_spread(values, rows, hidden.shape[0]) for values in (logps, lse))
-    return logps, lse, found_jacobian, cache
+        if wants_jacobian:
+            jacobian.masked_fill_(ignored.unsqueeze(1), 0)
+    logps, lse = (spread(values, rows, count) for values in (logps, lse))
+    jacobian = spread(jacobian, rows, count) if wants_jacobian else jacobian
+    stats = spread(stats, rows, count) if wants_stats else stats
+    return logps, lse, jacobian, stats, cache
+
+
+linear_logps_op = torch.library.custom_op(
+    "fastpref::linear_logps",
+    logps_and_more,
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool jacobian, bool stats, int scratch_bytes)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @linear_logps_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    compact: bool,
-    jacobian: bool,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(hidden, weight, labels, jacobian=jacobian, scratch_bytes=scratch_bytes)
-
-
-@torch.library.custom_op("fastpref::linear_logps_backward", mutates_args=())
-def linear_logps_backward_op(
-    logps_gradient: Tensor | None,  # (N,)
-    lse_gradient: Tensor | None,  # (N,)
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (N,) int64
-    logps: Tensor,  # (N,), empty without labels
-    lse: Tensor,  # (N,)
-    cache: Tensor,  # flat
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    compact: bool,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not wanted."""
-    hidden_gradient, weight_gradient, bias_gradient = _gradients(
-        hidden, weight, wants_hidden, wants_weight, wants_bias
+def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
+    hidden = operands.hidden
+    (count, width), dtype = hidden.shape, statistics_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(0 if operands.labels is None else count, dtype=dtype),
+        hidden.new_empty(count, dtype=dtype),
+        hidden.new_empty(
+            (count, width) if wants_jacobian else (0,), dtype=jacobian_dtype(hidden.dtype)
+        ),
+        hidden.new_empty((count, 3) if wants_stats else (0,), dtype=dtype),
+        _cache(operands, scratch_bytes),
     )
-    rows = _rows(labels, weight, ignore_index, compact)
-    count = hidden.shape[0] if rows is None else rows.numel()
-    if count == 0:
-        return hidden_gradient.zero_(), weight_gradient.zero_(), bias_gradient.zero_()
 
-    lse = _take(lse, rows)
+
+def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not wanted."""
+    operands, more = Operands.split(arguments)
+    logps_gradient, lse_gradient, logps, lse, cache, wants_hidden, wants_weight, wants_bias = more
+    rows = operands.rows()
+    if operands.count(rows) == 0:
+        return tuple(gradient.zero_() for gradient in _gradients(*arguments))
+
+    lse = take(lse, rows)
     from_lse = _incoming(lse_gradient, rows, lse)
     probability_coefficients, label_coefficients = from_lse, torch.zeros_like(from_lse)
-    if labels is not None:
-        labels, logps = _take(labels, rows), _take(logps, rows)
+    if operands.labels is not None:
+        logps = take(logps, rows)
         from_logps = _incoming(logps_gradient, rows, lse)
-        if not compact:
-            from_lse, from_logps = (
-                one.masked_fill(labels == ignore_index, 0) for one in (from_lse, from_logps)
-            )
+        ignored = None
+        if not operands.compact:
+            ignored = operands.labels == operands.ignore_index
+            from_lse, from_logps = (one.masked_fill(ignored, 0) for one in (from_lse, from_logps))
         probability_coefficients = from_lse - from_logps
         label_coefficients = from_lse * logps.exp() - from_logps * torch.expm1(logps)
-        if not compact:
+        if ignored is not None:
             # Their coefficients are 0, which an exponential that overflows would make NaN. With
             # these every exponential is 0, and the label's logit, the sum of both, is finite.
-            largest = torch.finfo(lse.dtype).max
-            lse = lse.masked_fill(labels == ignore_index, largest)
-            logps = logps.masked_fill(labels == ignore_index, -largest)
-    total = lse.new_empty(count, hidden.shape[1] if wants_hidden else 0)
+            greatest = torch.finfo(lse.dtype).max
+            lse, logps = lse.masked_fill(ignored, greatest), logps.masked_fill(ignored, -greatest)
+    # The hidden states' gradient has no room among all rows before that of labelled ones is known.
+    hidden_gradient, weight_gradient, bias_gradient = _gradients(
+        *arguments[:-3], False, wants_weight, wants_bias
+    )
+    total = lse.new_empty(len(lse), operands.hidden.shape[1]) if wants_hidden else None
     gradients(
-        _take(hidden, rows),
-        weight,
-        bias,
-        labels,
-        LogitTransform(temperature, logit_scale, softcap),
+        operands.logits(rows),
         logps,
         lse,
         probability_coefficients,
         label_coefficients,
         cache=cache,
-        hidden_gradient=total if wants_hidden else None,
+        hidden_gradient=total,
         weight_gradient=weight_gradient if wants_weight else None,
         bias_gradient=bias_gradient if wants_bias else None,
     )
-    if wants_hidden:
-        hidden_gradient = _spread(total.to(hidden.dtype), rows, hidden.shape[0])
+    if total is not None:
+        hidden_gradient = spread(total.to(operands.hidden.dtype), rows, operands.hidden.shape[0])
     return hidden_gradient, weight_gradient, bias_gradient
 
 
+linear_logps_backward_op = torch.library.custom_op(
+    "fastpref::linear_logps_backward",
+    gradients_of_operands,
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor? logps_gradient, Tensor? lse_gradient, Tensor logps, Tensor lse, "
+    "Tensor cache, bool wants_hidden, bool wants_weight, bool wants_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
 @linear_logps_backward_op.register_fake
-def _(
-    logps_gradient: Tensor | None,
-    lse_gradient: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    logps: Tensor,
-    lse: Tensor,
-    cache: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    compact: bool,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
+def _gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, wants_hidden, wants_weight, wants_bias = more
+    return (
+        hidden.new_empty(hidden.shape if wants_hidden else (0,)),
+        weight.new_empty(weight.shape if wants_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if wants_bias else (0,)),
+    )
 
 
 @torch.library.custom_op("fastpref::scaled_jacobian", mutates_args=())
@@ -204,11 +164,13 @@ def _(gradient: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, *ctx.transform, ctx.ignore_index, ctx.compact, _, _ = inputs
-    logps, lse, jacobian, cache = output
-    ctx.mark_non_differentiable(jacobian, cache)
+    operands, _ = Operands.split(inputs)
+    logps, lse, *others = output
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, logps, lse, jacobian, cache)
+    ctx.options = operands[4:]
+    jacobian, _, cache = others
+    ctx.save_for_backward(*operands[:4], logps, lse, jacobian, cache)
 
 
 def _backward(
@@ -216,7 +178,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, logps, lse, jacobian, cache = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    nothing = (None,) * 8
+    nothing = (None,) * (len(ctx.needs_input_grad) - 3)
     # The Jacobian is that of the log-probabilities, or without labels of the logsumexp.
     own, other = logps_gradient, lse_gradient
     if labels is None:
@@ -224,8 +186,8 @@ def _backward(
     if jacobian.numel() and own is not None and other is None:
         return scaled_jacobian_op(own, jacobian, hidden.dtype), None, None, *nothing
     found = linear_logps_backward_op(
-        logps_gradient, lse_gradient, hidden, weight, bias, labels, logps, lse, cache,
-        *ctx.transform, ctx.ignore_index, ctx.compact, *wanted,
+        hidden, weight, bias, labels, *ctx.options,
+        logps_gradient, lse_gradient, logps, lse, cache, *wanted,
     )  # fmt: skip
     return *(one if want else None for one, want in zip(found, wanted, strict=True)), *nothing
 
@@ -233,54 +195,16 @@ def _backward(
 linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _outputs(
-    hidden: Tensor, weight: Tensor, labels: Tensor | None, *, jacobian: bool, scratch_bytes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (count, width), dtype = hidden.shape, statistics_dtype(hidden.dtype)
-    return (
-        hidden.new_empty(count if labels is not None else 0, dtype=dtype),
-        hidden.new_empty(count, dtype=dtype),
-        hidden.new_empty((count, width) if jacobian else (0,), dtype=jacobian_dtype(hidden.dtype)),
-        _cache(hidden, weight, scratch_bytes),
-    )
-
-
-def _cache(hidden: Tensor, weight: Tensor, scratch_bytes: int) -> Tensor:
+def _cache(operands: Operands, scratch_bytes: int) -> Tensor:
+    hidden = operands.hidden
     if not scratch_bytes or not hidden.shape[0]:
         return hidden.new_empty(0, dtype=torch.uint8)
-    dtype = statistics_dtype(hidden.dtype)
-    grid = tile_grid(hidden.shape[0], weight.shape[0], hidden.device, dtype)
-    everything = TileCache(hidden, grid, operand_dtype(hidden), dtype).bytes_of_all()
+    numbers = hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype))
+    grid = tile_grid(hidden.shape[0], operands.weight.shape[0], numbers)
+    everything = TileCache(hidden, grid, operand_dtype(hidden), numbers.dtype).bytes_of_all()
     return hidden.new_empty(min(scratch_bytes, everything), dtype=torch.uint8)
-
-
-def _gradients(
-    hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool, wants_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if wants_hidden else (0,)),
-        weight.new_empty(weight.shape if wants_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if wants_bias else (0,)),
-    )
-
-
-def _rows(labels: Tensor | None, weight: Tensor, ignore_index: int, compact: bool) -> Tensor | None:
-    if labels is None or not compact:
-        return None
-    return labelled_rows(labels, weight.shape[0], ignore_index)
-
-
-def _take(values: Tensor, rows: Tensor | None) -> Tensor:
-    return values if rows is None else values.index_select(0, rows)
 
 
 def _incoming(gradient: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
     """The gradient (n,) of some rows' numbers: zeros where none came, contiguous for kernels."""
-    return torch.zeros_like(like) if gradient is None else _take(gradient, rows).contiguous()
-
-
-def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """Put ``values`` of some rows back in their places among ``count`` rows, zeros elsewhere."""
-    if rows is None:
-        return values
-    return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
+    return torch.zeros_like(like) if gradient is None else take(gradient, rows).contiguous()

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastpref.checks import check_labels, check_shape, refuse
 from fastpref.ops.head import Head, prepare_head
-from fastpref.ops.linear_stats_op import linear_stats_op
-from fastpref.ops.partial import Partial
+from fastpref.ops.linear_stats_op import Partial, linear_stats_op
 
 Statistic = Literal[
     "logsumexp",
@@ -29,29 +28,25 @@ Statistic = Literal[
 class _Row(NamedTuple):
     """What the formulas read: every tensor (N,), logits divided by the temperature."""
 
-    lse: Tensor
-    maximum: Tensor
-    second: Tensor
-    others: Tensor  # this and what follows as in `Partial`; NaN where every logit is -inf
-    shortfall: Tensor
-    squares: Tensor
+    all: Partial
+    others: Tensor  # those of the partial, NaN where every logit is -inf
     target_logit: Tensor
     temperature: float
 
 
 # With m the largest logit, p(top) = 1 / (1 + others), and no formula subtracts from 1.
 FORMULAS: dict[str, Callable[[_Row], Tensor]] = {
-    "logsumexp": lambda row: row.temperature * row.lse,
+    "logsumexp": lambda row: row.temperature * row.all.lse(),
     "max_prob": lambda row: 1 / (1 + row.others),
-    "margin": lambda row: -torch.expm1(row.second - row.maximum) / (1 + row.others),
+    "margin": lambda row: -torch.expm1(row.all.second - row.all.maximum) / (1 + row.others),
     "expected_logit": lambda row: (
-        row.temperature * (row.maximum - row.shortfall / (1 + row.others))
+        row.temperature * (row.all.maximum - row.all.shortfall / (1 + row.others))
     ),
-    "entropy": lambda row: row.others.log1p() + row.shortfall / (1 + row.others),
+    "entropy": lambda row: row.all.entropy(),
     "target_logit": lambda row: row.temperature * row.target_logit,
-    "target_logp": lambda row: row.target_logit - row.maximum - row.others.log1p(),
-    "log_sum_squared_probs": lambda row: row.squares.log1p() - 2 * row.others.log1p(),
-    "is_top1": lambda row: row.target_logit >= row.maximum,
+    "target_logp": lambda row: row.target_logit - row.all.maximum - row.others.log1p(),
+    "log_sum_squared_probs": lambda row: row.all.squares.log1p() - 2 * row.others.log1p(),
+    "is_top1": lambda row: row.target_logit >= row.all.maximum,
 }
 OF_LABELS = {"target_logit", "target_logp", "is_top1"}
 
@@ -140,16 +135,8 @@ def linear_stats(
         "log_sum_squared_probs" in stats,
     )
     partial = Partial(*numbers.unbind(1))
-    row = _Row(
-        partial.maximum + partial.others.log1p(),
-        partial.maximum,
-        partial.second,
-        partial.others.masked_fill(partial.maximum == -torch.inf, torch.nan),
-        partial.shortfall,
-        partial.squares,
-        target_logit,
-        transform.temperature,
-    )
+    others = partial.others.masked_fill(partial.maximum == -torch.inf, torch.nan)
+    row = _Row(partial, others, target_logit, transform.temperature)
     found = {name: FORMULAS[name](row).view(hidden.shape[:-1]) for name in stats}
     if labels is None:
         return found

@@ -3,118 +3,152 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import uses_triton
-from fastpref.ops.forward import project
-from fastpref.ops.linear_logps_op import _rows, _spread, _take
-from fastpref.ops.matmul import operand_dtype, statistics_dtype
-from fastpref.ops.partial import Partial, Sums, merge, partial_of_tile
-from fastpref.ops.tiles import label_columns
+from fastpref.ops.backend import statistics_dtype, uses_triton
+from fastpref.ops.operands import SCHEMA, Logits, Operands, spread, take
 from fastpref.ops.tiling import tile_grid
-from fastpref.ops.transform import LogitTransform
+from fastpref.ops.torch_tiles import label_columns, largest
 
 
-@torch.library.custom_op("fastpref::linear_stats", mutates_args=())
-def linear_stats_op(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (N,) int64
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    compact: bool,
-    second: bool,
-    shortfall: bool,
-    squares: bool,
-) -> tuple[Tensor, Tensor]:
+class Sums(NamedTuple):
+    """Which numbers of a `Partial` are wanted; the others are left at 0 (``second`` at -inf)."""
+
+    second: bool
+    shortfall: bool
+    squares: bool
+
+
+class Partial(NamedTuple):
+    """Some logits ``z`` of a row, as seen from ``top``, one that is as large as any.
+
+    Leaving the top out of the sums keeps the digits of ``1 - p(top)``, of the entropy and of every
+    log-probability where the model is certain: none of these is a difference of large numbers.
+    Of no logits at all (or none above -inf) the maximum is -inf and every sum 0.
+    """
+
+    maximum: Tensor  # z(top)
+    second: Tensor  # the largest logit but the top, -inf where there is none
+    others: Tensor  # sum of exp(z - maximum) over all but the top
+    shortfall: Tensor  # sum of exp(z - maximum) * (maximum - z)
+    squares: Tensor  # sum of exp(z - maximum) ** 2 over all but the top
+
+    def lse(self) -> Tensor:
+        """Logsumexp of the logits."""
+        return self.maximum + self.others.log1p()
+
+    def entropy(self) -> Tensor:
+        """Entropy of their softmax in nats, with no difference of large numbers; NaN of none."""
+        entropy = self.others.log1p() + self.shortfall / (1 + self.others)
+        return entropy.masked_fill(self.maximum == -torch.inf, torch.nan)
+
+
+def partial_of_tile(logits: Tensor, sums: Sums) -> Partial:
+    """The numbers (n,) of a tile of logits (n, w), which is overwritten."""
+    maximum, top = largest(logits)
+    logits.scatter_(1, top.unsqueeze(1), -torch.inf)
+    nothing = torch.zeros_like(maximum)
+    second = logits.amax(1) if sums.second else torch.full_like(maximum, -torch.inf)
+    lowest = torch.finfo(logits.dtype).min
+    # Finite, so that neither -inf minus -inf nor 0 times -inf makes a NaN of a masked logit.
+    difference = logits.sub_(maximum.clamp_min(lowest).unsqueeze(1)).clamp_min_(lowest)
+    if sums.shortfall:
+        exponentials = difference.exp()
+        shortfall = difference.mul_(exponentials).sum(1).neg_()
+    else:
+        exponentials, shortfall = difference.exp_(), nothing
+    others = exponentials.sum(1)
+    squares = exponentials.square_().sum(1) if sums.squares else nothing
+    return Partial(maximum, second, others, shortfall, squares)
+
+
+def merge(parts: Partial) -> Partial:
+    """Join parts (k, n) that share no logit into the numbers (n,) of all their logits."""
+    maximum, top = parts.maximum.max(0)
+    is_top = torch.zeros_like(parts.maximum, dtype=torch.bool)
+    is_top.scatter_(0, top.unsqueeze(0), True)
+    finfo = torch.finfo(maximum.dtype)
+    difference = (maximum.clamp_min(finfo.min) - parts.maximum).clamp_max(finfo.max)
+    weight = torch.exp(-difference)
+    # A part's own top is one more of the others, but for that of all parts.
+    tops = weight.masked_fill(is_top, 0)
+    return Partial(
+        maximum,
+        torch.maximum(parts.maximum.masked_fill(is_top, -torch.inf).amax(0), parts.second.amax(0)),
+        (weight * parts.others + tops).sum(0),
+        (weight * (parts.shortfall + difference * parts.others) + difference * tops).sum(0),
+        (weight.square() * parts.squares + tops.square()).sum(0),
+    )
+
+
+@torch.library.custom_op(
+    "fastpref::linear_stats",
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool second, bool shortfall, bool squares) -> (Tensor, Tensor)",
+)
+def linear_stats_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The numbers (N, 5) of a `Partial` of the whole vocabulary, and the labels' logits (N,).
 
     Without ``labels`` there are no labels' logits: (0,). Rows that ``compact`` leaves out are 0.
     """
-    transform, sums = (
-        LogitTransform(temperature, logit_scale, softcap),
-        Sums(second, shortfall, squares),
-    )
-    rows = _rows(labels, weight, ignore_index, compact)
-    count = hidden.shape[0] if rows is None else rows.numel()
-    if count == 0:
-        numbers, target_logit = _outputs(hidden, labels)
+    operands, sums = Operands.split(arguments)
+    rows, count = operands.rows(), operands.hidden.shape[0]
+    if operands.count(rows) == 0:
+        numbers, target_logit = _outputs(*arguments)
         return numbers.zero_(), target_logit.zero_()
-    if labels is not None:
-        labels = _take(labels, rows)
-    if uses_triton(hidden):
-        from fastpref.kernels.statistics import projection_partials
-
-        parts, target_logit = projection_partials(
-            hidden, weight, bias, labels, rows, transform, sums
-        )
-        found = merge(Partial(*parts))
-    else:
-        found, target_logit = _statistics(
-            _take(hidden, rows), weight, bias, labels, transform, sums
-        )
-    if labels is not None:
-        target_logit = _spread(target_logit, rows, hidden.shape[0])
-    return _spread(torch.stack(found, dim=1), rows, hidden.shape[0]), target_logit
+    found, target_logit = partial_of_rows(operands, rows, Sums(*sums))
+    if operands.labels is not None:
+        target_logit = spread(target_logit, rows, count)
+    return spread(torch.stack(found, dim=1), rows, count), target_logit
 
 
 @linear_stats_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    compact: bool,
-    second: bool,
-    shortfall: bool,
-    squares: bool,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(hidden, labels)
-
-
-def _statistics(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (n,) int64
-    transform: LogitTransform,
-    sums: Sums,
-) -> tuple[Partial, Tensor]:
-    """Numbers (n,) of the whole vocabulary, tile by tile, and the labels' logits (n,) or (0,)."""
-    dtype = statistics_dtype(hidden.dtype)
-    grid = tile_grid(hidden.shape[0], weight.shape[0], hidden.device, dtype)
-    scratch = grid.buffer(hidden.device, dtype)
-    numbers = scratch.new_empty(len(Partial._fields), hidden.shape[0])
-    target_logit = scratch.new_full((0 if labels is None else hidden.shape[0],), math.nan)
-    hidden = hidden.to(operand_dtype(hidden))
-    for rows in grid.row_blocks():
-        running = numbers[:, rows]
-        for columns in grid.column_blocks():
-            logits = transform.apply_(project(hidden[rows], weight, bias, columns, scratch))
-            if labels is not None:
-                column, inside = label_columns(labels[rows], columns.start, logits.shape[1])
-                at_label = logits.gather(1, column).squeeze(1)
-                target_logit[rows] = torch.where(inside, at_label, target_logit[rows])
-            found = torch.stack(partial_of_tile(logits, sums))
-            if columns.start > 0:
-                found = torch.stack(merge(Partial(*torch.stack((running, found), dim=1))))
-            running.copy_(found)
-    return Partial(*numbers), target_logit
-
-
-def _outputs(hidden: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(hidden.dtype)
-    count = hidden.shape[0]
+def _outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
+    hidden, _, _, labels, *_ = arguments
+    dtype, count = statistics_dtype(hidden.dtype), hidden.shape[0]
     return (
         hidden.new_empty((count, len(Partial._fields)), dtype=dtype),
         hidden.new_empty(0 if labels is None else count, dtype=dtype),
     )
+
+
+def partial_of_rows(operands: Operands, rows: Tensor | None, sums: Sums) -> tuple[Partial, Tensor]:
+    """Numbers (n,) of the whole vocabulary for some rows, and their labels' logits (n,) or (0,)."""
+    if not uses_triton(operands.hidden):
+        return _partial(operands.logits(rows), sums)
+    from fastpref.kernels.statistics import projection_partials
+
+    hidden, weight, bias, labels = operands[:4]
+    labels = None if labels is None else take(labels, rows)
+    parts, target_logit = projection_partials(
+        hidden, weight, bias, labels, rows, operands.transform(), sums
+    )
+    return merge(Partial(*parts)), target_logit
+
+
+def _partial(logits: Logits, sums: Sums) -> tuple[Partial, Tensor]:
+    """The same in PyTorch, tile by tile."""
+    count, vocab_size = logits.shape()
+    scratch = logits.hidden.new_empty(0, dtype=statistics_dtype(logits.hidden.dtype))
+    grid = tile_grid(count, vocab_size, scratch)
+    scratch = grid.buffer(scratch)
+    numbers = scratch.new_empty(len(Partial._fields), count)
+    target_logit = scratch.new_full((0 if logits.labels is None else count,), math.nan)
+    logits = logits.in_dtype_of_products()
+    for rows in grid.row_blocks():
+        running = numbers[:, rows]
+        labels = logits.labels_of(rows)
+        for columns in grid.column_blocks():
+            tile = logits.transform.apply_(logits.project(rows, columns, scratch))
+            if labels is not None:
+                column, inside = label_columns(labels, columns.start, tile.shape[1])
+                at_label = tile.gather(1, column).squeeze(1)
+                target_logit[rows] = torch.where(inside, at_label, target_logit[rows])
+            found = torch.stack(partial_of_tile(tile, sums))
+            if columns.start > 0:
+                found = torch.stack(merge(Partial(*torch.stack((running, found), dim=1))))
+            running.copy_(found)
+    return Partial(*numbers), target_logit

@@ -10,9 +10,10 @@ from torch.nn.functional import pad
 
 from fastpref.checks import check_choice, check_flag, check_number
 from fastpref.ops import Head, linear_stats
-from fastpref.ops.head import call_head, vocabulary_size
+from fastpref.ops.backend import statistics_dtype
+from fastpref.ops.head import vocabulary_size
+from fastpref.ops.linear_logps import call_head
 from fastpref.ops.linear_stats import Statistic
-from fastpref.ops.matmul import statistics_dtype
 from fastpref.sequences import (
     check_pairs,
     check_states,
@@ -136,7 +137,7 @@ def state_potentials(
         "compact": compact,
     }
     if potential == "value":  # which has kernels of its own
-        return call_head(hidden, head, labels, **options)[1]
+        return call_head(hidden, head, labels, **options).lse
     statistic = POTENTIALS[potential]
     return linear_stats(hidden, head, labels, stats=(statistic,), **options)[statistic]
 

@@ -156,15 +156,15 @@ def projection(dtype: torch.dtype, n_rows: int, variant: str) -> None:
     )
 
 
-def fold(dtype: torch.dtype | None, everything: bool) -> None:
+def fold(dtype: torch.dtype | None, everything: bool, stats: bool = False) -> None:
     n, width = 16, 4096
-    statistics = [torch.empty(n) for _ in range(3)]
+    running = [torch.empty(n) if stats or number < 3 else None for number in range(5)]
     exponentials = None if dtype is None else torch.empty(n, width, dtype=dtype)
     rescale = None if dtype is None else torch.empty(n)
     labels = torch.zeros(n, dtype=torch.int64) if everything else None
     transform = Transform(softcap=30.0 if everything else None)
     tile = torch.empty(n, width)
-    tiles.fold_tile(tile, labels, 4096, transform, *statistics, exponentials, rescale)
+    tiles.fold_tile(tile, labels, 4096, transform, *running, exponentials, rescale)
 
 
 def gradient(dtype: torch.dtype, everything: bool) -> None:
@@ -210,8 +210,10 @@ def cases() -> Iterator[tuple[str, tuple, Callable[..., None], tuple]]:
                     dtype, rows, variant,
                 )  # fmt: skip
         yield f"fold-{name}", FOLD, fold, (dtype, True)
+        yield f"fold-{name}-stats", FOLD, fold, (dtype, True, True)
         yield f"gradient-{name}", GRADIENT, gradient, (dtype, True)
     yield "fold-statistics", FOLD, fold, (None, False)
+    yield "fold-statistics-stats", FOLD, fold, (None, False, True)
     yield "gradient-plain", GRADIENT, gradient, (torch.bfloat16, False)
     for loss in pairs.LOSSES:
         yield f"{loss}-plain", PAIRS, pair_losses, (loss, False, torch.int64)

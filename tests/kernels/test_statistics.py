@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastpref.kernels import projection
 from fastpref.kernels.statistics import projection_partials
-from fastpref.ops.partial import Partial, Sums, merge
+from fastpref.ops.linear_stats_op import Partial, Sums, merge
 
 pytestmark = QUIET
 

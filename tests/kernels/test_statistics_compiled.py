@@ -7,7 +7,7 @@ import torch
 from test_compiled import FLOATS, TARGETS, Transform, compiled
 
 from fastpref.kernels import statistics
-from fastpref.ops.partial import Sums
+from fastpref.ops.linear_stats_op import Sums
 
 KERNEL = (statistics, "_projection_partials_kernel")
 HIDDEN_SIZES = {"plain": 1024, "unaligned": 1001}

@@ -1,5 +1,6 @@
 """Kernels that work on a tile of logits, against a few lines of float64 torch."""
 
+import pytest
 import torch
 from against_torch import (
     DEVICE,
@@ -27,6 +28,16 @@ from fastpref.kernels.tiles import fold_tile, gradient_tile
 pytestmark = QUIET
 
 
+def rest_and_shortfall(z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of exponentials but one of the largest, and of these times what they are below it."""
+    z = z.clone()
+    if labels is not None:
+        z[torch.arange(z.shape[1], device=DEVICE) == labels[:, None]] = -INF
+    difference = torch.where(z.isneginf(), LOWEST, z - z.amax(1, keepdim=True))
+    exponentials = difference.exp().scatter(1, z.argmax(1, keepdim=True), 0)
+    return exponentials.sum(1), -(difference * exponentials).sum(1)
+
+
 @examples
 @given(
     n=st.integers(1, 4),
@@ -34,6 +45,7 @@ pytestmark = QUIET
     dtype=st.sampled_from([None, *FLOATS, "tile"]),
     has_labels=st.booleans(),
     masked=st.booleans(),
+    stats=st.booleans(),
     transform=transforms,
 )
 def test_fold_tile(
@@ -42,6 +54,7 @@ def test_fold_tile(
     dtype: torch.dtype | str | None,
     has_labels: bool,
     masked: bool,
+    stats: bool,
     transform: Transform,
 ) -> None:
     """Tile after tile, caller-style: the exponentials of earlier tiles are rescaled."""
@@ -54,6 +67,7 @@ def test_fold_tile(
     maximum = torch.full((n,), LOWEST, device=DEVICE)
     sum_exp = torch.zeros(n, device=DEVICE)
     target_logit = torch.full((n,), NAN, device=DEVICE)
+    rest, shortfall = torch.zeros(2, n, device=DEVICE) if stats else (None, None)
     accumulated = torch.zeros(n, vocab_size, device=DEVICE)
     start = 0
     for width in widths:
@@ -64,8 +78,9 @@ def test_fold_tile(
             rescale = torch.empty(n, device=DEVICE)
             exponentials = tile if dtype == "tile" else torch.empty_like(tile, dtype=dtype)
         fold_tile(
-            tile, labels, start, transform, maximum, sum_exp, target_logit, exponentials, rescale
-        )
+            tile, labels, start, transform, maximum, sum_exp, target_logit, rest, shortfall,
+            exponentials, rescale,
+        )  # fmt: skip
         if exponentials is not None and rescale is not None:
             accumulated *= rescale[:, None]
             accumulated[:, start : start + width] = exponentials
@@ -77,6 +92,15 @@ def test_fold_tile(
         assert_as_good_as_torch("target_logit", target_logit, exact_target, torch_target)
     lse = maximum + sum_exp.log()
     assert_as_good_as_torch("logsumexp", lse, exact_lse, torch_lse)
+    if rest is not None and shortfall is not None:
+        for name, found, exact, own in zip(
+            ("rest", "shortfall"),
+            (rest, shortfall),
+            rest_and_shortfall(transform(x.double()), labels),
+            rest_and_shortfall(transform(x), labels),
+            strict=True,
+        ):
+            assert_as_good_as_torch(name, found, exact, own, transform(x.double()))
     if dtype is not None:
         is_label = torch.zeros_like(x, dtype=torch.bool)
         if labels is not None:
@@ -149,6 +173,21 @@ def test_labels_far_above_the_rest() -> None:
     fold_tile(tile, labels, 0, Transform(), maximum, sum_exp, target_logit)
     torch.testing.assert_close(target_logit.double(), exact[0])
     torch.testing.assert_close((maximum + sum_exp.log()).double(), exact[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [9.0, 22.0, 40.0, 80.0])
+def test_the_rest_keeps_its_digits_beside_the_largest(gap: float) -> None:
+    """In one tile and in two; equal largest ones and the largest in the first or second tile."""
+    for tops in ([0], [40], [0, 40], [3, 4]):
+        tile = torch.zeros(1, 60, device=DEVICE)
+        tile[:, tops] = gap
+        exact = rest_and_shortfall(tile.double(), None)
+        for widths in ([60], [30, 30]):
+            numbers = tile.new_tensor([[LOWEST], [0.0], [NAN], [0.0], [0.0]])
+            for part, start in zip(tile.clone().split(widths, dim=1), (0, 30), strict=False):
+                fold_tile(part.clone(), None, start, Transform(), *numbers)
+            for found, one in zip(numbers[3:], exact, strict=True):
+                torch.testing.assert_close(found.double(), one, rtol=4e-6, atol=0)
 
 
 def test_offsets_past_32_bits() -> None:

@@ -15,6 +15,7 @@ from fastpref.ops.linear_logps_op import (
 )
 
 LABELS = torch.tensor([3, -100, 0, 10])
+OPTIONS = (1.5, 0.5, 3.0, -100, True)  # temperature, logit_scale, softcap, ignore_index, compact
 
 
 def leaves(dtype: torch.dtype, *, trained: bool) -> list[torch.Tensor]:
@@ -38,33 +39,31 @@ def test_gradcheck(trained, softcap):
         assert torch.autograd.gradcheck(function, leaves(torch.float64, trained=trained))
 
 
+@pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("jacobian", [False, True])
 @pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "no labels"])
-def test_opcheck_forward(jacobian, labels):
+def test_opcheck_forward(jacobian, labels, stats):
     hidden, weight, bias = leaves(torch.float32, trained=not jacobian)
-    arguments = (hidden, weight, bias, labels, 1.5, 0.5, 3.0, -100, True, jacobian, 0)
-    opcheck(linear_logps_op, arguments)
+    stats = stats and labels is not None
+    opcheck(linear_logps_op, (hidden, weight, bias, labels, *OPTIONS, jacobian, stats, 0))
 
 
-def test_opcheck_forward_with_a_cache():
+@pytest.mark.parametrize("stats", [False, True])
+def test_opcheck_forward_with_a_cache(stats):
     hidden, weight, bias = leaves(torch.float32, trained=True)
     # What no tile fills stays unwritten, so outputs cannot be compared between runs.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (hidden, weight, bias, LABELS, 1.5, 0.5, 3.0, -100, True, False, 10**6)
+    arguments = (hidden, weight, bias, LABELS, *OPTIONS, False, stats, 10**6)
     opcheck(linear_logps_op, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
 def test_opcheck_backward(wanted):
     hidden, weight, bias = (leaf.detach() for leaf in leaves(torch.float32, trained=True))
-    arguments = (hidden, weight, bias, LABELS)
-    transform = (1.5, 0.5, 3.0, -100, True)
-    logps, lse, _, cache = linear_logps_op(*arguments, *transform, False, 100)
+    operands = (hidden, weight, bias, LABELS, *OPTIONS)
+    logps, lse, _, _, cache = linear_logps_op(*operands, False, False, 100)
     incoming = torch.randn(2, 4)
-    opcheck(
-        linear_logps_backward_op,
-        (incoming[0], incoming[1], *arguments, logps, lse, cache, *transform, *wanted),
-    )
+    opcheck(linear_logps_backward_op, (*operands, *incoming, logps, lse, cache, *wanted))
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpref.ops import backward, forward
-from fastpref.ops.linear_logps_op import scaled_jacobian_op
-from fastpref.ops.transform import LogitTransform
+from fastpref.ops import backward, forward, operands
+from fastpref.ops.linear_logps_op import (
+    gradients_of_operands,
+    logps_and_more,
+    scaled_jacobian_op,
+)
 
 HEADS = {  # vocabulary, hidden size
     "Llama-3.2-1B": (128_256, 2048),
@@ -25,6 +28,7 @@ HEADS = {  # vocabulary, hidden size
     "Llama-3.1-8B": (128_256, 4096),
 }
 ROWS = (4096, 16_384)
+IGNORED = (0, 64)  # rows without a label: the others are gathered
 LIMIT = 512 * 2**20
 
 
@@ -64,51 +68,52 @@ def products(monkeypatch) -> list[int]:
 
     def nothing(*_: object) -> None: ...
 
+    monkeypatch.setattr(operands, "operand_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(operands, "multiply", count)
     for module in (forward, backward):
         monkeypatch.setattr(module, "multiply", count)
-        monkeypatch.setattr(module, "operand_dtype", lambda tensor: tensor.dtype)
         stub = SimpleNamespace(fold_tile=nothing, gradient_tile=nothing)
         monkeypatch.setattr(module, "tile_functions", lambda _, stub=stub: stub)
     return flops
 
 
-def operands(
-    rows: int, vocab: int, width: int, dtype: torch.dtype = torch.bfloat16
-) -> tuple[Tensor, Tensor, None, Tensor]:
+def arguments(
+    monkeypatch, rows: int, ignored: int, vocab: int, width: int, dtype: torch.dtype
+) -> tuple[object, ...]:
+    """What every operator begins with."""
+    labelled = torch.empty(rows - ignored, dtype=torch.int64, device="meta") if ignored else None
+    monkeypatch.setattr(operands, "labelled_rows", lambda *_: labelled)
     hidden = torch.empty(rows, width, dtype=dtype, device="meta")
     weight = torch.empty(vocab, width, dtype=dtype, device="meta")
-    return hidden, weight, None, torch.empty(rows, dtype=torch.int64, device="meta")
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    return hidden, weight, None, labels, 1.0, 1.0, None, -100, True
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ignored", IGNORED)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("head", HEADS)
-def test_frozen_head(products, head, rows, dtype):
-    inputs = operands(rows, *HEADS[head], dtype)
-    with PeakBytes() as step:
-        _, jacobian = forward.statistics_and_jacobian(*inputs, LogitTransform())
-        gradient = torch.empty_like(inputs[0])
-        scaled_jacobian_op(torch.empty(rows, device="meta"), jacobian, inputs[0].dtype)
+def test_frozen_head(monkeypatch, products, head, rows, ignored, dtype):
     vocab, width = HEADS[head]
-    assert sum(products) == 2 * (2 * rows * vocab * width)
+    inputs = arguments(monkeypatch, rows, ignored, vocab, width, dtype)
+    with PeakBytes() as step:
+        _, _, jacobian, _, _ = logps_and_more(*inputs, True, False, 0)
+        gradient = scaled_jacobian_op(torch.empty(rows, device="meta"), jacobian, dtype)
+    assert sum(products) == 2 * (2 * (rows - ignored) * vocab * width)
     assert step.peak - gradient.nbytes <= LIMIT
 
 
+@pytest.mark.parametrize("ignored", IGNORED)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("head", HEADS)
-def test_trained_head(products, head, rows):
-    hidden, weight, bias, labels = operands(rows, *HEADS[head])
-    numbers = torch.empty(rows, device="meta")
-    hidden_gradient = torch.empty_like(hidden, dtype=torch.float32)
-    with PeakBytes() as step:
-        backward.gradients(
-            hidden, weight, bias, labels, LogitTransform(), numbers, numbers, numbers, numbers,
-            cache=torch.empty(0, dtype=torch.uint8, device="meta"),
-            hidden_gradient=hidden_gradient,
-            weight_gradient=torch.empty_like(weight),
-            bias_gradient=None,
-        )  # fmt: skip
+def test_trained_head(monkeypatch, products, head, rows, ignored):
     vocab, width = HEADS[head]
-    assert sum(products) == 3 * (2 * rows * vocab * width)
-    weight_gradient = weight.nbytes
-    assert step.peak + hidden_gradient.nbytes - weight_gradient - hidden.nbytes <= LIMIT
+    inputs = arguments(monkeypatch, rows, ignored, vocab, width, torch.bfloat16)
+    numbers = torch.empty(rows, device="meta")
+    cache = torch.empty(0, dtype=torch.uint8, device="meta")
+    with PeakBytes() as step:
+        found = gradients_of_operands(
+            *inputs, numbers, None, numbers, numbers, cache, True, True, False
+        )
+    assert sum(products) == 3 * (2 * (rows - ignored) * vocab * width)
+    assert step.peak - sum(gradient.nbytes for gradient in found) <= LIMIT

@@ -49,11 +49,10 @@ def test_a_wholly_masked_vocabulary_has_no_gradient(trained):
 def test_masked_rows_are_of_no_weight_in_the_gradients_of_others(scratch_bytes):
     """The operator itself, since no public function keeps a logsumexp's exponentials."""
     hidden, weight = torch.randn(3, 8), torch.randn(10, 8)
-    head = (hidden, weight, torch.full((10,), -torch.inf), None)
-    options = (1.0, 1.0, None, -100, True)
-    logps, lse, _, cache = linear_logps_op(*head, *options, False, scratch_bytes)
+    operands = (hidden, weight, torch.full((10,), -torch.inf), None, 1.0, 1.0, None, -100, True)
+    logps, lse, _, _, cache = linear_logps_op(*operands, False, False, scratch_bytes)
     assert (lse == -torch.inf).all()
     found = linear_logps_backward_op(
-        None, torch.ones(3), *head, logps, lse, cache, *options, True, True, True
+        *operands, None, torch.ones(3), logps, lse, cache, True, True, True
     )
     assert all((gradient == 0).all() for gradient in found)

@@ -14,8 +14,13 @@ import fastpref
 from fastpref import Head, reference
 from fastpref.ops import tiling
 from fastpref.ops.linear_stats import FORMULAS, OF_LABELS
-from fastpref.ops.linear_stats_op import linear_stats_op
-from fastpref.ops.partial import Partial, Sums, merge, partial_of_tile
+from fastpref.ops.linear_stats_op import (
+    Partial,
+    Sums,
+    linear_stats_op,
+    merge,
+    partial_of_tile,
+)
 
 EVERYTHING = list(FORMULAS)
 NUMBERS = [name for name in EVERYTHING if name != "is_top1"]

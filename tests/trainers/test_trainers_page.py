@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import rows, tiny_model
-from training import SETTINGS, TOKENIZER, student
+from training import SETTINGS, TOKENIZER, signal, student
 from transformers import TrainingArguments
 
 import fastpref.integrations.trl
 from fastpref import reference
-from fastpref.models.fused_head import add_fused_head
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
-TVKD, DRDO, PLAIN = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+TVKD, DRDO, SIMPO, METHOD, PLAIN = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def folder(tmp_path, monkeypatch):
         TOKENIZER.save_pretrained(path)
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows())), "utf-8")
     monkeypatch.chdir(tmp_path)
-    for name in ("TVKDConfig", "DRDOConfig", "OracleConfig"):
+    for name in ("TVKDConfig", "DRDOConfig", "OracleConfig", "PreferenceConfig"):
         config = getattr(fastpref.integrations.trl, name)
         small = functools.partial(config, **SETTINGS | {"num_train_epochs": 1})
         monkeypatch.setattr(fastpref.integrations.trl, name, small)
@@ -41,38 +43,62 @@ def test_trl():
     assert names["trainer"].state.global_step == 4
     exec(DRDO, names)
     assert Path("student-drdo/reward_head.safetensors").is_file()
+    exec(SIMPO, names)
+    assert names["trainer"].state.global_step == 4
 
 
-def test_the_plain_trainer(tmp_path):
-    names: dict = {}
-    exec(PLAIN, names)
+def test_a_method_of_ones_own(tmp_path):
+    (tmp_path / "hinge.py").write_text(METHOD, "utf-8")
+    options = {name: value for name, value in SETTINGS.items() if name != "learning_rate"}
+    script = f"""
+import torch, fastpref
+from datasets import load_dataset
+from hinge import hinge  # where the page has a line in fastpref/losses/__init__.py
+responses = fastpref.Responses(torch.tensor([-3.0, -5.0]), torch.tensor([2, 2]))
+assert hinge(responses, beta=0.25).loss.item() == 0.5
+pairs = load_dataset("json", data_files="pairs.jsonl", split="train")
+{SIMPO.replace("simpo", "hinge").replace("method=", f"**{options}, method=")}
+assert trainer.state.global_step == 8 and trainer.args.beta == 0.1
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, list])
+def test_the_plain_trainer(kind, tmp_path):
+    columns = signal("shaping", 4)
+    pairs = [
+        {**row, **{name: values[index] for name, values in columns.items()}, "unused": "x"}
+        for index, row in enumerate(rows(4))
+    ]
     model = student()
-    add_fused_head(model)
-    torch.manual_seed(0)
-    pairs = [(torch.randint(5, 300, (2, 9)), torch.randn(2)) for _ in range(4)]
-
-    def stack(batch):
-        tokens = torch.stack([one for one, _ in batch]).transpose(0, 1).flatten(0, 1)
-        shaping = torch.stack([one for _, one in batch]).transpose(0, 1).flatten()
-        labels = tokens.clone()
-        labels[:, :4] = -100
-        return {"input_ids": tokens, "labels": labels, "shaping": shaping}
-
-    args = TrainingArguments(
-        str(tmp_path), use_cpu=True, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        max_steps=1, learning_rate=1.0, optim="sgd", lr_scheduler_type="constant",
-        max_grad_norm=0, report_to="none", save_strategy="no", disable_tqdm=True,
-        remove_unused_columns=False, average_tokens_across_devices=False,
-    )  # fmt: skip
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    names["PlainTVKD"](model, args, train_dataset=pairs, data_collator=stack).train()
-
+    names = {
+        "model": model,
+        "tokenizer": TOKENIZER,
+        "train_dataset": kind(pairs),
+        "eval_dataset": kind(pairs),
+        "args": TrainingArguments(
+            str(tmp_path), use_cpu=True, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, max_steps=1, learning_rate=1.0, optim="sgd",
+            lr_scheduler_type="constant", max_grad_norm=0, report_to="none", save_strategy="no",
+            disable_tqdm=True,
+        ),
+    }  # fmt: skip
     naive = student()
-    batch = stack(pairs)
-    states = naive.model(batch["input_ids"])[0][:, :-1]
-    reference.tvkd_loss(
-        states, naive.lm_head.weight, batch["labels"][:, 1:], batch["shaping"], beta=0.01
-    ).backward()
+    batch = fastpref.collate_pairs(pairs, TOKENIZER)
+    losses = [naive_loss(naive, batch)]
+    losses[0].backward()
+    exec(PLAIN, names)
     for name, parameter in naive.named_parameters():
         expected = before[name] - parameter.grad
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-4, atol=1e-4)
+    evaluated = names["trainer"].evaluate()["eval_loss"]
+    assert evaluated == pytest.approx(naive_loss(model, batch).item(), rel=1e-4)
+
+
+def naive_loss(model, batch):
+    states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0][:, :-1]
+    return reference.tvkd_loss(
+        states, model.lm_head.weight, batch["labels"], batch["shaping"], beta=0.01
+    )

@@ -1,8 +1,9 @@
 """TVKD, DRDO, DPO and SimPO on the same pairs: held-out accuracy and margin over seeds.
 
-python examples/compare.py --config examples/compare.yaml --dataset pairs.jsonl
+python examples/smollm2.py  # once: writes the teacher, which the student is cut from
+python benchmarks/compare/compare.py --config benchmarks/compare/compare.yaml --dataset pairs.jsonl
 
-Every finished run is written at once, so that a killed comparison goes on where it stopped.
+Every finished run is written at once: a comparison that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -11,33 +12,29 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # SimPO's trainer is there, and we know it
 
-import torch
-from common import (
-    SMOLLM2,
-    ExampleArguments,
-    fine_tune,
-    load_pairs,
-    load_student,
-    load_tokenizer,
-    model_source,
-    plain_options,
-)
-from compare_report import describe_run, plot, show, summarize
-from datasets import Dataset
-from torch import Tensor
-from train_drdo import train_last_layers
-from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer, TrlParser
-from trl.experimental.cpo import CPOConfig, CPOTrainer
+import matplotlib
 
-from fastpref import linear_logps
-from fastpref.data.tokens import IGNORE_INDEX, pad_pairs, tokenize_rows
+matplotlib.use("Agg")  # the plot is a file: no display is needed
+import torch
+from datasets import Dataset
+from students import fine_tune, load_pairs, load_student, plain_options, train_last_layers
+from summary import describe_run, plot, show, summarize
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.scripts.utils import TrlParser
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from fastpref import collate_pairs, linear_logps, sequence_rewards, sum_responses
 from fastpref.integrations.trl import (
     DRDOConfig,
     DRDOTrainer,
@@ -46,11 +43,11 @@ from fastpref.integrations.trl import (
     TVKDConfig,
     TVKDTrainer,
 )
-from fastpref.integrations.trl.columns import columns_of
-from fastpref.models.fused_head import add_fused_head
-from fastpref.models.reward_head import rewards_at_head
+from fastpref.models import head_states, lm_head_of
 from fastpref.teacher import add_shaping, load_teacher
 
+HERE = Path(__file__).parent
+SIDES = ("chosen", "rejected")
 # SimPO's own advice is a margin of half its beta, and no likelihood term (cpo_alpha).
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "TVKD": (TVKDTrainer, TVKDConfig, {"beta": 0.01, "alpha": 0.7}),
@@ -65,10 +62,27 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 @dataclass
-class Arguments(ExampleArguments):
+class Arguments:
     """The same for all methods."""
 
-    teacher: str = field(default=SMOLLM2, metadata={"help": "Also what the oracle starts from."})
+    dataset: str = field(metadata={"help": "Conversational pairs: a .jsonl file, or a Hub name."})
+    student: str = field(metadata={"help": "A folder, or a Hub name."})
+    teacher: str = field(metadata={"help": "The same; also what the oracle starts from."})
+    student_layers: int | None = field(
+        default=None, metadata={"help": "Keep so many of the student's first layers."}
+    )
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "Train neither the embeddings nor the head."}
+    )
+    sft_steps: int = field(
+        default=0, metadata={"help": "Steps of SFT on all responses before all else."}
+    )
+    sft_learning_rate: float = field(default=1e-3, metadata={"help": "Of these steps."})
+    held_out: int = field(default=64, metadata={"help": "Pairs kept from training, to evaluate."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Use so many pairs at most."})
+    max_prompt_length: int = field(
+        default=128, metadata={"help": "Leave out the oldest turns of a longer prompt."}
+    )
     oracle_layers: int = field(
         default=2, metadata={"help": "Train the oracle's last so many layers, and a reward head."}
     )
@@ -82,12 +96,15 @@ class Arguments(ExampleArguments):
         default=32, metadata={"help": "Pairs trained on that are measured like those held out."}
     )
     max_length: int = field(default=192, metadata={"help": "Cut sequences after so many tokens."})
-    batch_size: int = field(default=4, metadata={"help": "Pairs a step."})
+    batch_size: int = field(default=4, metadata={"help": "Pairs per step."})
     epochs: int = field(default=1, metadata={"help": "Of every method."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of every method."})
-    work: str = field(default="examples/outputs/compare", metadata={"help": "For what runs share."})
+    work: str = field(
+        default=str(HERE / "outputs"), metadata={"help": "A folder for what runs share."}
+    )
     output: str = field(
-        default="examples/results/compare.json", metadata={"help": "The plot goes beside it."}
+        default=str(HERE / "results" / "compare.json"),
+        metadata={"help": "The plot goes beside it."},
     )
 
     def trainer_options(self, epochs: int, learning_rate: float, seed: int) -> dict[str, Any]:
@@ -97,8 +114,6 @@ class Arguments(ExampleArguments):
             "seed": seed,
             "per_device_train_batch_size": self.batch_size,
             "learning_rate": learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.1,
             "max_length": self.max_length,
             **plain_options(),
         }
@@ -106,9 +121,16 @@ class Arguments(ExampleArguments):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing, then print and plot; returns what is in the file."""
-    (args,) = TrlParser(Arguments).parse_args_and_config(argv)
-    tokenizer = load_tokenizer(args.student)
-    train, held_out = load_pairs(args, tokenizer, args.max_length)
+    (args,) = TrlParser(cast(Any, Arguments)).parse_args_and_config(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.student)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    train, held_out = load_pairs(
+        args.dataset,
+        tokenizer,
+        max_prompt_length=args.max_prompt_length,
+        max_pairs=args.max_pairs,
+        held_out=args.held_out,
+    )
     report = begin_report(args, len(train), len(held_out))
     train, held_out = with_shaping(args, train, held_out)
     train, held_out = with_rewards(args, tokenizer, train, held_out)
@@ -131,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def begin_report(args: Arguments, train: int, held_out: int) -> dict[str, Any]:
     """What is done already; another comparison's file is refused."""
-    settings = asdict(args) | {"dataset": Path(args.dataset).name}
+    names = {name: Path(getattr(args, name)).name for name in ("dataset", "student", "teacher")}
+    settings = asdict(args) | names
     for name in ("work", "output", "seeds", "methods"):
         del settings[name]
     settings |= {"methods": {name: options for name, (_, _, options) in METHODS.items()}}
@@ -155,7 +178,7 @@ def begin_report(args: Arguments, train: int, held_out: int) -> dict[str, Any]:
 
 def with_shaping(args: Arguments, *parts: Dataset) -> list[Dataset]:
     """Pairs with the teacher's shaping."""
-    teacher, tokenizer = load_teacher(model_source(args.teacher))
+    teacher, tokenizer = load_teacher(args.teacher)
     Path(args.work).mkdir(parents=True, exist_ok=True)
     files = [Path(args.work) / f"shaping-{number}.parquet" for number in range(len(parts))]
     return [
@@ -169,9 +192,7 @@ def with_rewards(args: Arguments, tokenizer: Any, *parts: Dataset) -> list[Datas
     folder = Path(args.work) / "oracle"
     files = [Path(args.work) / f"rewards-{number}.parquet" for number in range(len(parts))]
     if not all(file.exists() for file in files):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_source(args.teacher), dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
         train_last_layers(model, args.oracle_layers)
         options = args.trainer_options(args.oracle_epochs, args.oracle_learning_rate, seed=0)
         config = OracleConfig(str(folder), **options)
@@ -190,8 +211,20 @@ def sft_student(args: Arguments, tokenizer: Any, train: Dataset, seed: int) -> s
     """The folder of the student that all methods of a seed start from."""
     folder = Path(args.work) / f"sft-{seed}"
     if not folder.exists():
-        student = load_student(args)
-        fine_tune(student, args, train, tokenizer, max_length=args.max_length, seed=seed)
+        student = load_student(
+            args.student, layers=args.student_layers, freeze_embeddings=args.freeze_embeddings
+        )
+        if args.sft_steps:
+            fine_tune(
+                student,
+                train,
+                tokenizer,
+                max_steps=args.sft_steps,
+                learning_rate=args.sft_learning_rate,
+                per_device_train_batch_size=4,
+                max_length=args.max_length,
+                seed=seed,
+            )
         student.save_pretrained(folder.with_suffix(".unfinished"))
         folder.with_suffix(".unfinished").rename(folder)
     return str(folder)
@@ -210,11 +243,11 @@ def runs_of_seed(
         return
     folder = sft_student(args, tokenizer, train, seed)
     parts = {"train": train.select(range(min(args.checked, len(train)))), "held_out": held_out}
-    begin = replace(args, student=folder, student_layers=None)
-    student = load_student(begin)
+    start = partial(load_student, folder, layers=None, freeze_embeddings=args.freeze_embeddings)
+    student = start()
     before = {name: measures(student, tokenizer, args, part) for name, part in parts.items()}
     for method in methods:
-        student = load_student(begin)
+        student = start()
         began = time.perf_counter()
         train_method(method, student, args, tokenizer, train, seed)
         run = {"method": method, "seed": seed, "seconds": time.perf_counter() - began}
@@ -229,12 +262,12 @@ def train_method(
     """Train a student in place."""
     cls, config, options = METHODS[method]
     signal = {"TVKD": "shaping", "DRDO": "reward"}.get(method)
-    columns = columns_of(signal) if signal else ()
+    columns = [f"{side}_{signal}" for side in SIDES] if signal else []
     options = options | args.trainer_options(args.epochs, args.learning_rate, seed)
     cls(
         student,
         args=config(str(Path(args.work) / method), **options),
-        train_dataset=train.select_columns(["prompt", "chosen", "rejected", *columns]),
+        train_dataset=train.select_columns(["prompt", *SIDES, *columns]),
         processing_class=tokenizer,
     ).train()
 
@@ -243,21 +276,17 @@ def train_method(
 def measures(model: Any, tokenizer: Any, args: Arguments, pairs: Dataset) -> dict[str, Tensor]:
     """(n, 2) of chosen and rejected: summed and mean log-probability, reward of a linear head."""
     model.eval()
-    add_fused_head(model)
-    tokenized, _ = tokenize_rows(pairs, tokenizer, max_length=args.max_length, context_length=None)
+    collate = partial(collate_pairs, tokenizer=tokenizer, max_length=args.max_length)
+    rows = pairs.select_columns(["prompt", *SIDES])
     found: list[dict[str, Tensor]] = []
-    for first in range(0, len(tokenized), args.batch_size):
-        batch = tokenized[first : first + args.batch_size]
-        tokens, attention, labels = (part.to(model.device) for part in pad_pairs(batch))
-
-        def at_head(states: Tensor, head: Any, labels: Tensor = labels) -> dict[str, Tensor]:
-            logps = linear_logps(states[:, :-1], labels=labels, **head._asdict()).sum(1)
-            results = {"logp": logps, "mean_logp": logps / (labels != IGNORE_INDEX).sum(1)}
-            if hasattr(model, "reward_head"):
-                results["reward"] = rewards_at_head(model, states, labels)
-            return results
-
-        results = model(input_ids=tokens, attention_mask=attention, at_head=at_head)
+    for batch in DataLoader(rows, batch_size=args.batch_size, collate_fn=collate):
+        inputs = {name: values.to(model.device) for name, values in batch.items()}
+        labels = inputs.pop("labels")
+        states = head_states(model, **inputs)
+        responses = sum_responses(linear_logps(states[:, :-1], lm_head_of(model), labels), labels)
+        results = {"logp": responses.logps, "mean_logp": responses.logps / responses.lengths}
+        if hasattr(model, "reward_head"):
+            results["reward"] = sequence_rewards(states, labels, model.reward_head.weight)
         found.append({name: each.view(2, -1).T.cpu() for name, each in results.items()})
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
@@ -286,7 +315,7 @@ def ranked(rewards: Tensor) -> dict[str, float]:
 
 def ranked_columns(pairs: Dataset, signal: str) -> dict[str, float]:
     """The same of a signal that the pairs hold."""
-    return ranked(torch.tensor([pairs[column] for column in columns_of(signal)]).T)
+    return ranked(torch.tensor([pairs[f"{side}_{signal}"] for side in SIDES]).T)
 
 
 def write(file: Path, report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref.ops.matmul import multiply
+from fastpref.ops.backend import multiply
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fastpref.checks import refuse
-from fastpref.ops.vocab_shard import VocabShard
+from fastpref.parallel.vocab_shard import VocabShard
 
 TENSOR_PARALLEL = "tp"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -74,7 +75,7 @@ def _spread(measures: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def standard_error(pairs: int) -> float:
     """Of an accuracy that is a coin's."""
-    return (0.25 / pairs) ** 0.5
+    return math.sqrt(0.25 / pairs)
 
 
 def show(report: dict[str, Any]) -> None:

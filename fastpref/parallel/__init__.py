@@ -1,0 +1,1 @@
+"""A head whose vocabulary or rows are spread over processes."""
