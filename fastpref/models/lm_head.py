@@ -23,19 +23,9 @@ PLAIN_MODELS = ("minicpm3", "mpt")
 # Most models around a text model use its head as it is, even where the text model by itself scales
 # or caps its logits (Gemma 3, Aya Vision and Cohere 2 Vision, Granite Speech); these do as it does.
 FAITHFUL_WRAPPERS = (
-    "cohere_compass",
-    "gemma3n",
-    "gemma4",
-    "gemma4_unified",
-    "granite4_vision",
-    "granite_docling",
-    "hyperclovax_vision_v2",
-    "inkling2",
-    "mistral_large4",
-    "muse_glimmer",
-    "muse_spark",
-    "paligemma",
-)
+    "cohere_compass gemma3n gemma4 gemma4_unified granite4_vision granite_docling "
+    "hyperclovax_vision_v2 inkling2 mistral_large4 muse_glimmer muse_spark paligemma"
+).split()
 # Heads that `head_states` compared with their model's own logits.
 _CHECKED: WeakSet[torch.nn.Module] = WeakSet()
 

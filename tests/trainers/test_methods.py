@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import functools
 import inspect
 import re
@@ -163,6 +164,11 @@ def test_a_plain_dpo_config(tmp_path):
 def test_arguments_of_something_else(args, message):
     with pytest.raises(ValueError, match=message):
         DRDOTrainer(student(), args=args, train_dataset=DATA)
+
+
+def test_the_example_runs():
+    (found,) = doctest.DocTestFinder().find(PreferenceConfig, "PreferenceConfig", globs={})[:1]
+    assert found.examples and not doctest.DocTestRunner().run(found).failed
 
 
 def test_without_arguments(tmp_path, monkeypatch):

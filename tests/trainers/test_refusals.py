@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
@@ -16,7 +17,6 @@ from fastpref.integrations.trl import (
     OracleTrainer,
     TVKDConfig,
     TVKDTrainer,
-    supported,
 )
 from fastpref.models.reward_head import add_reward_head
 
@@ -148,6 +148,6 @@ def test_rows_without_a_number(tmp_path, value):
 
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])
 def test_another_trl(monkeypatch, version):
-    monkeypatch.setattr(supported, "version", lambda _: version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     with pytest.raises(ImportError, match=f"expected TRL 1.16, got {version}; pip install"):
         importlib.reload(fastpref.integrations.trl)

@@ -8,9 +8,17 @@
 ========================================  =====================================================
 """
 
-from fastpref.integrations.trl.supported import require_supported_trl
+from importlib.metadata import version
 
-require_supported_trl()
+from fastpref.extras import require_extra
+
+_MODULES = ("accelerate", "datasets", "safetensors", "transformers", "trl")
+require_extra("trl", "fastpref.integrations.trl", *_MODULES)
+_TRL = version("trl")
+if _TRL.split(".")[:2] != ["1", "16"]:  # any release may change the methods that we override
+    raise ImportError(
+        f"fastpref.integrations.trl: expected TRL 1.16, got {_TRL}; pip install 'trl>=1.16,<1.17'"
+    )
 
 from fastpref.integrations.trl.config import (  # noqa: E402  # after the check
     DRDOConfig,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastpref.ops import Head
-from fastpref.ops.linear_logps import LogpsWithStats
 
 SIDES = ("chosen", "rejected")
 
@@ -37,22 +36,14 @@ def of_output(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
 
 def of_signals(signals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The teacher's shaping and the oracle's margin, where the loss reads them."""
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     if "shaping" in signals:
-        for side, values in zip(SIDES, signals["shaping"].chunk(2), strict=True):
-            metrics[f"shaping/{side}"] = summed(values)
+        chosen, rejected = signals["shaping"].chunk(2)
+        metrics |= {"shaping/chosen": summed(chosen), "shaping/rejected": summed(rejected)}
     if "oracle_rewards" in signals:
         chosen, rejected = signals["oracle_rewards"].chunk(2)
         metrics["rewards/oracle_margin"] = summed(chosen - rejected)
     return metrics
-
-
-def of_tokens(found: LogpsWithStats, mask: Tensor, chosen: int) -> dict[str, Tensor]:
-    """Entropy of the tokens under the mask (n, T), accuracy of those of the chosen rows."""
-    return {
-        "entropy": summed(found.entropy, mask),
-        "mean_token_accuracy": summed(found.is_top1[:chosen], mask[:chosen]),
-    }
 
 
 @torch.no_grad()

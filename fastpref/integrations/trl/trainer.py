@@ -67,11 +67,10 @@ class PreferenceTrainer(SavesRewardHead):
         args: `PreferenceConfig`, or a ``DPOConfig``, whose fields then count.
         teacher_model: For methods that read a shaping: a causal language model, a folder or a name
             on the Hub; None where the dataset has the columns, or with ``alpha=0``.
-        teacher_processing_class: The teacher's tokenizer; None loads it from where the teacher
-            came from.
+        teacher_processing_class: Its tokenizer; None loads the one from where it came from.
         oracle_model: For methods that read an oracle's rewards: a folder that `OracleTrainer`
             saved, or a model with a reward head; None where the dataset has the columns.
-        oracle_processing_class: The oracle's tokenizer; None as above.
+        oracle_processing_class: As the teacher's.
         train_dataset: As in ``DPOTrainer``, like all that follows.
         eval_dataset: One dataset, or several by name.
         peft_config: LoRA or another without virtual tokens.
@@ -122,7 +121,8 @@ class PreferenceTrainer(SavesRewardHead):
         if compute_metrics is not None:
             refuse("compute_metrics", "None, since it wants logits, which never exist", "one")
         if ref_model is not None and not args.has_reference():
-            refuse("ref_model", "None, or reference_free=False", type(ref_model).__name__)
+            reason = "there is no reference (TVKD has one with reference_free=False)"
+            refuse("ref_model", f"None, since {reason}", type(ref_model).__name__)
         refuse_adapters(model, peft_config)
         models = {
             "teacher_model": (teacher_model, teacher_processing_class),
@@ -146,11 +146,10 @@ class PreferenceTrainer(SavesRewardHead):
         for signal in self.signals.values():
             if isinstance(signal.read, Reader):
                 signal.read.join(self)
+        self.precompute_ref_logps = self.precompute_ref_logps and args.has_reference()
         if args.has_reference():
             read = None if self.precompute_ref_logps else self._reference_logps
             self.signals["ref_logps"] = replace(REFERENCE, read=read)
-        else:
-            self.precompute_ref_logps = False
         take_over_head(self.model)
         if any(name in inputs_of(args.method) for name in OF_REWARD_HEAD):
             self.give_reward_head(model)
@@ -166,14 +165,10 @@ class PreferenceTrainer(SavesRewardHead):
         return super().evaluate(eval_dataset, *arguments, **options)
 
     def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: Any, inputs: Any, *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
         """The loss; TRL would add the logits."""
-        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
         return loss, None, None
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -247,8 +242,9 @@ class PreferenceTrainer(SavesRewardHead):
             logps = linear_logps(*read, scratch_bytes=self.args.scratch_bytes)
         else:
             found = linear_logps_with_stats(*read, scratch_bytes=self.args.scratch_bytes)
-            logps = found.logps
-            measured |= metrics.of_tokens(found, mask[:rows], len(states) // 2)
+            logps, chosen = found.logps, slice(len(states) // 2)
+            measured["entropy"] = metrics.summed(found.entropy, mask[:rows])
+            measured["mean_token_accuracy"] = metrics.summed(found.is_top1[chosen], mask[chosen])
             measured |= metrics.of_logits(states, head, mask)
         for name in OF_REWARD_HEAD:
             if name in inputs:
