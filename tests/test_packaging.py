@@ -51,7 +51,7 @@ class Missing:
 LIBRARIES = {"accelerate", "datasets", "numpy", "packaging", "pyarrow", "safetensors", "tqdm",
              "transformers", "triton", "trl", "typer"}
 sys.meta_path.insert(0, Missing())
-import fastpref, fastpref.data, fastpref.parallel, fastpref.teacher
+import fastpref, fastpref.data, fastpref.models, fastpref.parallel, fastpref.teacher
 print(fastpref.__version__)
 """
 

@@ -102,10 +102,14 @@ def _runs_at_head(forward: Any) -> bool:
     return hasattr(found, "runs_at_head")
 
 
-# torch.compile follows no forward that changes from call to call.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
 def call_as(module: torch.nn.Module, forward: Callable[[Tensor], Any], states: Tensor) -> Any:
     """Call a module, its hooks around it, with another forward."""
+    # torch.compile follows no forward that changes from call to call. As a decorator this would
+    # import the compiler, which needs more than torch, as soon as fastpref is imported.
+    return torch.compiler.disable(_call_as)(module, forward, states)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def _call_as(module: torch.nn.Module, forward: Callable[[Tensor], Any], states: Tensor) -> Any:
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from fastpref.checks import refuse
 from fastpref.ops import Head, linear_logps, linear_logsumexp
 
 # Configurations name these numbers in many ways.
@@ -21,19 +23,11 @@ PLAIN_MODELS = ("minicpm3", "mpt")
 # Most models around a text model use its head as it is, even where the text model by itself scales
 # or caps its logits (Gemma 3, Aya Vision and Cohere 2 Vision, Granite Speech); these do as it does.
 FAITHFUL_WRAPPERS = (
-    "cohere_compass",
-    "gemma3n",
-    "gemma4",
-    "gemma4_unified",
-    "granite4_vision",
-    "granite_docling",
-    "hyperclovax_vision_v2",
-    "inkling2",
-    "mistral_large4",
-    "muse_glimmer",
-    "muse_spark",
-    "paligemma",
-)
+    "cohere_compass gemma3n gemma4 gemma4_unified granite4_vision granite_docling "
+    "hyperclovax_vision_v2 inkling2 mistral_large4 muse_glimmer muse_spark paligemma"
+).split()
+# Heads that `head_states` compared with their model's own logits.
+_CHECKED: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def lm_head_of(model: Any) -> Head:
@@ -76,19 +70,45 @@ def lm_head_of(model: Any) -> Head:
     return Head(weight, getattr(module, "bias", None), scale, softcap)
 
 
-def head_states(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a model up to its head.
+def head_states(model: Any, **inputs: Any) -> Tensor:
+    r"""What a model's head reads: hidden states after the final norm, without the logits.
+
+    Differentiable, and the model runs as it is called: under PEFT its adapters take part. With
+    `lm_head_of` it is what `fastpref.tvkd_loss` and the other functions of hidden states take. A
+    model that DDP, FSDP or DeepSpeed wraps needs `add_fused_head` instead.
 
     Args:
-        model: A causal language model of transformers.
-        **inputs: What its forward takes, ``input_ids`` (n, T) among it.
+        model: A causal language model of transformers, bare or wrapped by PEFT.
+        **inputs: What its forward takes: ``input_ids`` (n, T) and, where they are padded,
+            ``attention_mask`` (n, T). Models that learned a vector for every position want
+            ``position_ids``, too, where the padding is on the left.
 
     Returns:
-        (n, T, H) what the head reads, and (n, 1, V) the model's own logits of each first position:
-        the others are never computed.
+        (n, T, H) hidden states in the model's dtype. ``[:, :-1]`` predict ``input_ids[:, 1:]``.
+
+    Raises:
+        ValueError: As `lm_head_of`; a model that does something to its logits that its head does
+            not say; adapters that put virtual tokens before the others.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> tokens = torch.randint(32, (2, 5))
+        >>> head_states(model, input_ids=tokens).shape
+        torch.Size([2, 5, 16])
     """
-    states, outputs = run_to_head(model, model, kept_rows=None, **inputs)
-    return states, outputs.logits
+    module = head_module(model)
+    states, outputs = run_to_head(model, model, kept_rows=1, **inputs)
+    tokens = inputs.get("input_ids")
+    if tokens is not None and states.shape[:2] != tokens.shape:
+        got = f"{tuple(states.shape[:2])}; adapters with virtual tokens add some"
+        refuse("model", f"a hidden state for every token, {tuple(tokens.shape)}", got)
+    if module not in _CHECKED:
+        check_head(lm_head_of(model), states[:1], outputs.logits)
+        _CHECKED.add(module)
+    return states
 
 
 def run_to_head(
@@ -98,10 +118,10 @@ def run_to_head(
     kept_rows: int | None = None,
     **named_inputs: Any,
 ) -> tuple[Tensor, Any]:
-    """What a model's head reads (n, T, H) as ``run`` runs the model, and the outputs of that.
+    """What a model's head reads (n, T, H) as ``run`` runs the model, and the outputs of that run.
 
-    Their logits are of the first position, of all rows or of the first ``kept_rows``, and have no
-    gradient in the states.
+    The outputs' logits are of the first position only, of all rows or of the first ``kept_rows``,
+    and have no gradient in the states.
     """
     captured: list[Tensor] = []
 
@@ -163,6 +183,9 @@ def head_module(model: Any) -> torch.nn.Module:
         raise ValueError("model: expected a decoder-only language model, got an encoder-decoder")
     getter = getattr(model, "get_output_embeddings", None)
     module = getter() if getter is not None else None
+    if getter is None and isinstance(getattr(model, "module", None), torch.nn.Module):
+        advice = "call add_fused_head before a model is wrapped, and give at_head to the wrapper"
+        refuse("model", f"a model that nothing wraps ({advice})", type(model).__name__)
     if not isinstance(module, torch.nn.Module) or not hasattr(module, "weight"):
         raise ValueError(
             f"model: expected a language model with a head, got {type(model).__name__}, "

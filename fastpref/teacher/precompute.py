@@ -21,7 +21,7 @@ from fastpref.data.tokens import (
     tokenizer_settings,
 )
 from fastpref.extras import require_extra
-from fastpref.models.lm_head import check_head, head_states, lm_head_of
+from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.model import model_settings
@@ -38,6 +38,7 @@ from fastpref.teacher.store import (
     FinishedBatches,
     check_settings,
     read_settings,
+    shaping_feature,
     to_float32,
     write_dataset,
 )
@@ -159,7 +160,7 @@ def add_shaping(
         finished.save(number, {name: to_float32(values) for name, values in results.items()})
     state.wait_for_everyone()
     if state.is_main_process:
-        found = _add_columns(rows, batches, finished, per_token)
+        found = _add_columns(rows, batches, finished, per_token, max_length)
         write_dataset(found, output, settings, finished.folder)
         FinishedBatches.discard(output)
     state.wait_for_everyone()
@@ -225,11 +226,11 @@ def read_states(
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":  # off-loaded: its hooks move what it reads
         device = torch.device("cpu")
-    states, logits = head_states(
-        model, input_ids=tokens.to(device), attention_mask=attention.to(device)
+    states, outputs = run_to_head(
+        model, model, input_ids=tokens.to(device), attention_mask=attention.to(device)
     )
     if check:
-        check_head(head, states, logits)
+        check_head(head, states, outputs.logits)
     return states.to(head.weight.device), labels.to(head.weight.device)
 
 
@@ -312,7 +313,11 @@ def _with_progress(
 
 
 def _add_columns(
-    rows: Any, batches: list[list[TokenizedPair]], finished: FinishedBatches, per_token: bool
+    rows: Any,
+    batches: list[list[TokenizedPair]],
+    finished: FinishedBatches,
+    per_token: bool,
+    max_length: int | None,
 ) -> datasets.Dataset:
     """The rows of all batches in their first order, with the columns that were computed."""
     import datasets
@@ -338,8 +343,9 @@ def _add_columns(
         else datasets.Dataset.from_list([rows[index] for index in kept])
     )
     for column in found[kept[0]]:
-        kind = datasets.Value("float32")
-        feature = datasets.List(kind) if column.endswith("values") else kind
+        is_shaping = column.endswith("_shaping")
+        values_feature = datasets.List(datasets.Value("float32"))
+        feature = shaping_feature(max_length) if is_shaping else values_feature
         numbers = [found[index][column] for index in kept]
         if column in dataset.column_names:
             dataset = dataset.remove_columns(column)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import datasets
 
 METADATA = b"fastpref"
+# Goes wherever a dataset goes, as a note on its columns of shaping.
+MAX_LENGTH_NOTE = "made by fastpref with max_length="
 Settings = Mapping[str, Any]
 
 
@@ -107,6 +109,23 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected a file written by fastpref, got one without settings")
     settings: dict[str, Any] = json.loads(metadata[METADATA])
     return settings
+
+
+def shaping_feature(max_length: int | None) -> Any:
+    """The type of a column of shaping, which remembers where sequences were cut."""
+    import datasets
+
+    return datasets.Value("float32", id=f"{MAX_LENGTH_NOTE}{max_length}")
+
+
+def made_with_max_length(dataset: Any) -> tuple[bool, int | None]:
+    """Whether a dataset's shaping says where its sequences were cut, and where they were."""
+    feature = (dataset.features or {}).get("chosen_shaping")
+    note = str(getattr(feature, "id", None))
+    if not note.startswith(MAX_LENGTH_NOTE):
+        return False, None
+    number = note.removeprefix(MAX_LENGTH_NOTE)
+    return True, None if number == "None" else int(number)
 
 
 def to_float32(values: Tensor) -> Tensor:

@@ -1,30 +1,45 @@
-"""Without a teacher TVKD is DPO: it follows TRL's own trainer step by step."""
+"""DPO, IPO, and TVKD without a teacher follow TRL's own trainer step by step."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from training import TOKENIZER, assert_same, dataset, history, student, trainer
+from training import SETTINGS, TOKENIZER, assert_same, dataset, history, student, trainer
 from trl import DPOConfig, DPOTrainer
 
-from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
+from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer, TVKDConfig, TVKDTrainer
 
-WITH_REFERENCE = {"alpha": 0.0, "reference_free": False}
+WITH_REFERENCE = {"method": "tvkd", "alpha": 0.0, "reference_free": False}
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
 
-def both(tmp_path, model, *, settings=None, ours=WITH_REFERENCE, **options):
-    theirs = trainer(
-        DPOTrainer, DPOConfig, tmp_path, model, settings=settings, **copy.deepcopy(options)
-    )
+def both(tmp_path, model, *, settings=None, theirs=None, ours=None, **options):
+    """Two trainings with the same settings and TRL's own or fastpref's beside."""
+    expected = trainer(
+        DPOTrainer, DPOConfig, tmp_path, model,
+        settings={**(settings or {}), **(theirs or {})}, **copy.deepcopy(options),
+    )  # fmt: skip
     found = trainer(
-        TVKDTrainer, TVKDConfig, tmp_path, model, settings=(settings or {}) | ours, **options
-    )
-    return found, theirs
+        PreferenceTrainer, PreferenceConfig, tmp_path, model,
+        settings={**(settings or {}), **(ours or WITH_REFERENCE)}, **options,
+    )  # fmt: skip
+    return found, expected
+
+
+def assert_same_training(ours, theirs, *others):
+    """Step by step, and in the end; but for metrics of other meaning."""
+    expected = history(theirs)
+    for entry in expected:
+        for name in others:
+            entry.pop(name, None)
+    assert_same(history(ours), expected)
+    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +53,44 @@ def both(tmp_path, model, *, settings=None, ours=WITH_REFERENCE, **options):
     ids=["plain", "accumulated", "truncated", "precomputed"],
 )
 def test_with_a_reference_model(tmp_path, settings):
-    ours, theirs = both(tmp_path, student(), settings=settings, ref_model=student(seed=5))
-    expected, found = history(theirs), history(ours)
-    for entry in [*expected, *found]:
-        for sampled in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"):
-            if "logging_steps" in settings:  # ours are of the steps that log
-                entry.pop(sampled, None)
-    assert_same(found, expected)
-    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_same_training(*both(tmp_path, student(), settings=settings, ref_model=student(seed=5)))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_dpo(tmp_path, beta):
+    ours = {"method": "dpo", "beta": beta}
+    assert_same_training(
+        *both(tmp_path, student(), theirs={"beta": beta}, ours=ours, ref_model=student(seed=5))
+    )
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_ipo(tmp_path, beta):
+    """TRL logs rewards of whole responses, which are not those of the loss."""
+    theirs, ours = {"beta": beta, "loss_type": ["ipo"]}, {"beta": beta, "method": "ipo"}
+    trainers = both(tmp_path, student(), theirs=theirs, ours=ours, ref_model=student(seed=5))
+    names = ("chosen", "rejected", "margins", "accuracies")
+    assert_same_training(*trainers, *(f"rewards/{name}" for name in names))
+
+
+def test_a_plain_dpo_config(tmp_path):
+    """All of its fields count, and ours are at their defaults."""
+    options = {
+        "settings": {"beta": 0.3, "max_length": 24, "label_smoothing": 0.2, "seed": 7},
+        "ref_model": student(seed=5),
+    }
+    found = trainer(PreferenceTrainer, DPOConfig, tmp_path, student(), **options)
+    expected = DPOConfig(str(tmp_path), **SETTINGS | options["settings"])
+    for field in dataclasses.fields(DPOConfig):
+        assert getattr(found.args, field.name) == getattr(expected, field.name), field.name
+    settings = {**options["settings"], "method": "dpo"}
+    ours = trainer(
+        PreferenceTrainer, PreferenceConfig, tmp_path, student(),
+        **{**options, "settings": settings},
+    )  # fmt: skip
+    fields = dataclasses.fields(PreferenceConfig)
+    assert all(getattr(found.args, one.name) == getattr(ours.args, one.name) for one in fields)
+    assert_same(history(found), history(ours))
 
 
 def test_heads_that_scale_and_cap(tmp_path):
@@ -63,12 +107,10 @@ def test_heads_that_scale_and_cap(tmp_path):
         torch.manual_seed(0)
         model, ref_model = (transformers.AutoModelForCausalLM.from_config(config) for _ in "12")
         ours, theirs = both(tmp_path, model, ref_model=ref_model)
-        found, expected = history(ours), history(theirs)
-        if config.model_type == "gemma2":  # whose mean logit is not linear in the state
-            assert not {"logits/chosen", "logits/rejected"} & set(found[0])
-            for entry in expected:
-                entry.pop("logits/chosen", None), entry.pop("logits/rejected", None)
-        assert_same(found, expected)
+        # A mean logit under a soft cap is not linear in the state.
+        others = ("logits/chosen", "logits/rejected") if config.model_type == "gemma2" else ()
+        assert_same_training(ours, theirs, *others)
+        assert not set(others) & set(ours.state.log_history[0])
 
 
 def test_without_a_reference(tmp_path):
@@ -87,7 +129,7 @@ def test_without_a_reference(tmp_path):
 def test_the_copy_of_the_student_is_the_reference(tmp_path):
     student(seed=3).save_pretrained(tmp_path / "student")
     ours, theirs = both(tmp_path, str(tmp_path / "student"))
-    assert_same(history(ours), history(theirs))
+    assert_same_training(ours, theirs)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["config", "wrapped"])

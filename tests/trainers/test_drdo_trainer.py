@@ -106,7 +106,8 @@ def test_both_stages(tmp_path):
     assert margin == pytest.approx((chosen - rejected).mean().item(), rel=1e-4)
     logged = history(second)
     assert {"loss/reward", "loss/preference", "rewards/oracle_margin"} <= set(logged[0])
-    assert all(parameter.grad is None for parameter in second.oracle_model.parameters())
+    frozen = second.signals["oracle_rewards"].read.model
+    assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
 def test_the_reward_head_is_saved_and_found_again(tmp_path):
@@ -131,7 +132,7 @@ def test_columns_are_as_good_as_the_oracle(tmp_path):
     loader = along.get_train_dataloader()
     batch = along._prepare_inputs(next(iter(loader)))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
-    rewards = along.constants(batch, batch, labels)["rewards"]
+    rewards = along.signals["oracle_rewards"].of_batch(batch, labels)
     order = {tuple(ids): at for at, ids in enumerate(along.train_dataset["chosen_ids"][:])}
     lengths = batch["completion_mask"].sum(1)
     columns = {name: [0.0] * 8 for name in ("chosen_reward", "rejected_reward")}
@@ -171,7 +172,6 @@ def test_no_logits_exist(tmp_path, make):
     vocab_size = 150_000
     model = student(vocab_size=vocab_size, hidden_size=4)
     found = make(tmp_path, model, settings={"per_device_train_batch_size": 8})
-    found.state.logging_steps = 1  # as training sets it
     batch = found._prepare_inputs(next(iter(found.get_train_dataloader())))
     logits = batch["input_ids"].numel() * vocab_size * 4
     head = vocab_size * 4 * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from counting import peak_bytes_of
+from datasets import Dataset
 from tiny_models import tiny_model, tiny_tokenizer
 from training import (
     TOKENIZER,
@@ -19,8 +20,10 @@ from training import (
 
 from fastpref import reference
 from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
+from fastpref.integrations.trl.signals import SHAPING
 from fastpref.teacher import add_shaping
 
+OF_TABLE_5 = {"potential": "margin", "terminal": "zero", "gamma": 0.5}
 OF_TEACHER = {"gamma": 0.9, "temperature": 2.0, "form": "next_value"}
 
 
@@ -76,7 +79,7 @@ def test_the_loss_is_the_formula(tmp_path, settings):
     ("of_teacher", "settings"),
     [({}, {}), ({"max_length": 16}, {"max_length": 16}),
      (OF_TEACHER, {"gamma": 0.9, "value_temperature": 2.0, "form": "next_value"}),
-     ({"potential": "margin", "terminal": "zero"}, {"potential": "margin", "terminal": "zero"})],
+     (OF_TABLE_5, OF_TABLE_5)],
     ids=["plain", "truncated", "options", "potential"],
 )  # fmt: skip
 def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settings):
@@ -85,12 +88,24 @@ def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settin
     up_front = with_teacher(
         tmp_path / "up front", settings={**settings, "precompute_shaping": True}
     )
-    assert up_front.teacher_model is None
+    assert up_front.signals["shaping"] == SHAPING, "the teacher is still in memory"
     assert_same(history(up_front), along)
     teacher = tiny_model(TOKENIZER, seed=7)
     data = add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", **of_teacher)
     kept = {name: value for name, value in settings.items() if name == "max_length"}
     assert_same(history(tvkd(tmp_path / "columns", settings=kept, train_dataset=data)), along)
+
+
+def test_shaping_of_sequences_that_were_cut_elsewhere(tmp_path):
+    """The columns remember where, through a file, and through what datasets does to them."""
+    teacher = tiny_model(TOKENIZER, seed=7)
+    add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", max_length=16)
+    data = Dataset.from_parquet(str(tmp_path / "pairs.parquet"), cache_dir=str(tmp_path))
+    data = data.map(lambda row: {"note": 1}).filter(lambda row: row["note"]).shuffle(seed=0)
+    message = r"max_length=24, but .* made with max_length=16: the teacher's numbers of longer rows"
+    with pytest.warns(UserWarning, match=message):
+        tvkd(tmp_path, settings={"max_length": 24}, train_dataset=data)
+    tvkd(tmp_path, settings={"max_length": 16}, train_dataset=data)
 
 
 def test_a_teacher_of_another_tokenizer_up_front(tmp_path):
@@ -123,7 +138,7 @@ def test_a_teacher_and_a_reference(tmp_path):
 def test_a_teacher_that_reads_along_is_frozen(tmp_path):
     found = with_teacher(tmp_path)
     found.train()
-    teacher = found.teacher_model
+    teacher = found.signals["shaping"].read.model
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
@@ -155,11 +170,16 @@ def test_a_file_of_an_earlier_run_gives_its_shaping_only(tmp_path):
 # torch.compile looks at every tensor it meets.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled(tmp_path):
-    options = {"ref_model": student(seed=5)}
+    small = {"num_hidden_layers": 1}  # tracing takes its time
+    options = {
+        "ref_model": student(seed=5, **small), "teacher_processing_class": TOKENIZER,
+        "teacher_model": tiny_model(TOKENIZER, seed=7, **small),
+    }  # fmt: skip
     settings = {"reference_free": False, "num_train_epochs": 1}
     compiled = {**settings, "torch_compile": True, "torch_compile_backend": "eager"}
-    expected = history(with_teacher(tmp_path, settings=settings, **options))
-    assert_same(history(with_teacher(tmp_path, settings=compiled, **options)), expected)
+    expected = history(tvkd(tmp_path, student(**small), settings=settings, **options))
+    found = history(tvkd(tmp_path, student(**small), settings=compiled, **options))
+    assert_same(found, expected)
 
 
 def test_predict_and_new_pairs_without_logits(tmp_path):
@@ -180,7 +200,6 @@ def test_new_pairs_after_training(tmp_path):
 def test_what_a_tensor_parallel_vocabulary_does_not_say(tmp_path):
     found = tvkd(tmp_path, train_dataset=dataset(**signal("shaping")))
     found._tp_size = 2
-    found.state.logging_steps = 1
     found.compute_loss(found.model, batch_of(found))
     assert "logps/chosen" in found._metrics["train"]
     assert "entropy" not in found._metrics["train"]
@@ -227,7 +246,6 @@ def test_no_logits_exist(tmp_path, frozen):
         teacher_model=tiny_model(TOKENIZER, seed=7, vocab_size=vocab_size, hidden_size=4),
         teacher_processing_class=TOKENIZER,
     )  # fmt: skip
-    found.state.logging_steps = 1  # as training sets it
     batch = batch_of(found)
     logits = batch["input_ids"].numel() * vocab_size * 4
     head = vocab_size * 4 * 4
@@ -236,7 +254,7 @@ def test_no_logits_exist(tmp_path, frozen):
         found.compute_loss(found.model, dict(batch)).backward()
 
     step()
-    assert found._metrics["train"]["entropy"], "this step logs"
+    assert found._metrics["train"]["entropy"]
     peak = peak_bytes_of(step)
     # Gradients of head and embedding, as they are computed and added up; and tiles of 12 MiB.
     assert peak < 6 * head + 2 * 12 * 2**20 < logits / 3

@@ -11,7 +11,10 @@ from fastpref.integrations.trl import DRDOConfig, OracleConfig, TVKDConfig
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
-        (TVKDConfig, {"alpha": 0.7, "beta": 0.01, "terminal": "zero", "precompute_shaping": True}),
+        (
+            TVKDConfig,
+            {"alpha": 0.7, "form": "next_value", "precompute_shaping": True},
+        ),
         (DRDOConfig, {"alpha": 0.3, "gamma": 1.5, "length_normalize": True}),
         (OracleConfig, {"sft_weight": 0.2}),
     ],

@@ -1,25 +1,45 @@
-"""TVKD and DRDO as trainers of TRL: one changed line in a DPO script.
+"""Every loss of `fastpref.losses` as a trainer of TRL: one changed line in a DPO script.
 
 ========================================  =====================================================
+`PreferenceTrainer`, `PreferenceConfig`   ``method="tvkd"``, ``"drdo"``, ``"dpo"``, ``"ipo"``...
 `TVKDTrainer`, `TVKDConfig`               a student learns from preferences, shaped by a teacher
 `DRDOTrainer`, `DRDOConfig`               a student matches an oracle's rewards as it does
 `OracleTrainer`, `OracleConfig`           DRDO's first stage, which makes the oracle
 ========================================  =====================================================
 """
 
-from fastpref.integrations.trl.supported import require_supported_trl
+from importlib.metadata import version
 
-require_supported_trl()
+from fastpref.extras import require_extra
 
-from fastpref.integrations.trl.drdo import DRDOConfig, DRDOTrainer  # noqa: E402  # after the check
-from fastpref.integrations.trl.oracle import OracleConfig, OracleTrainer  # noqa: E402  # as above
-from fastpref.integrations.trl.tvkd import TVKDConfig, TVKDTrainer  # noqa: E402  # as above
+_MODULES = ("accelerate", "datasets", "safetensors", "transformers", "trl")
+require_extra("trl", "fastpref.integrations.trl", *_MODULES)
+_TRL = version("trl")
+if _TRL.split(".")[:2] != ["1", "16"]:  # any release may change the methods that we override
+    raise ImportError(
+        f"fastpref.integrations.trl: expected TRL 1.16, got {_TRL}; pip install 'trl>=1.16,<1.17'"
+    )
+
+from fastpref.integrations.trl.config import (  # noqa: E402  # after the check
+    DRDOConfig,
+    OracleConfig,
+    PreferenceConfig,
+    TVKDConfig,
+)
+from fastpref.integrations.trl.trainer import (  # noqa: E402  # after the check
+    DRDOTrainer,
+    OracleTrainer,
+    PreferenceTrainer,
+    TVKDTrainer,
+)
 
 __all__ = [
     "DRDOConfig",
     "DRDOTrainer",
     "OracleConfig",
     "OracleTrainer",
+    "PreferenceConfig",
+    "PreferenceTrainer",
     "TVKDConfig",
     "TVKDTrainer",
 ]

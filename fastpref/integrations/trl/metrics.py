@@ -7,39 +7,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.data.tokens import IGNORE_INDEX
-from fastpref.ops import Head, linear_stats
-from fastpref.sequences import labels_of_states
+from fastpref.ops import Head
+
+SIDES = ("chosen", "rejected")
+
+
+def of_output(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
+    """What a loss returned, by TRL's names: ``chosen_rewards`` is ``rewards/chosen``.
+
+    Parts of the loss are ``loss/<part>``: the likelihood only where it is a part.
+    """
+    metrics = {}
+    for name, values in output._asdict().items():
+        first, _, second = name.partition("_")
+        is_part = name != "nll_loss" or options.get("sft_weight")
+        if name == "loss" or values is None or not is_part:
+            continue
+        if first in SIDES:
+            name = f"{second}/{first}"
+        elif second == "loss":
+            name = f"loss/{first}"
+        metrics[name] = summed(values)
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    metrics["rewards/accuracies"] = summed((chosen > rejected).float())
+    metrics["rewards/margins"] = summed(chosen - rejected)
+    return metrics
+
+
+def of_signals(signals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The teacher's shaping and the oracle's margin, where the loss reads them."""
+    metrics: dict[str, Tensor] = {}
+    if "shaping" in signals:
+        chosen, rejected = signals["shaping"].chunk(2)
+        metrics |= {"shaping/chosen": summed(chosen), "shaping/rejected": summed(rejected)}
+    if "oracle_rewards" in signals:
+        chosen, rejected = signals["oracle_rewards"].chunk(2)
+        metrics["rewards/oracle_margin"] = summed(chosen - rejected)
+    return metrics
 
 
 @torch.no_grad()
-def vocabulary_metrics(states: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:
-    """What DPOTrainer says of the vocabulary, each as (2,): its sum over tokens, and their number.
+def of_logits(states: Tensor, head: Head, mask: Tensor) -> dict[str, Tensor]:
+    """Mean logits of chosen and rejected responses, from (2B, T, H) states.
 
-    Costs a matrix product of its own, as nothing in a preference loss knows these numbers. The
-    mean logit of a position is linear in its state, so a head with a softcap has none here.
-
-    ``states`` (2B, T + 1, H), ``labels`` (2B, T) shifted, -100 outside the responses.
+    The mean logit of a position is linear in its state, so no logits are needed; a head with a soft
+    cap has no such metrics.
     """
-    labels = labels_of_states(labels, None, IGNORE_INDEX)
-    stats = linear_stats(states, head, labels, stats=("entropy", "is_top1"))
-    mask = labels != IGNORE_INDEX
-    chosen, rejected = mask.chunk(2)
-    metrics = {
-        "entropy": summed(stats["entropy"], mask),
-        "mean_token_accuracy": summed(stats["is_top1"].chunk(2)[0].float(), chosen),
-    }
-    if head.softcap is None:
-        mean_row = head.weight.mean(0, dtype=torch.float32)
-        mean_bias = 0.0 if head.bias is None else head.bias.float().mean()
-        for side, rows, part in (
-            ("chosen", states.chunk(2)[0], chosen),
-            ("rejected", states.chunk(2)[1], rejected),
-        ):
-            total = torch.where(part.unsqueeze(-1), rows, 0).sum((0, 1), dtype=torch.float32)
-            count = part.sum()
-            logits = head.logit_scale * (total @ mean_row + count * mean_bias)
-            metrics[f"logits/{side}"] = torch.stack([logits, count.to(logits.dtype)])
+    if head.softcap is not None:
+        return {}
+    mean_row = head.weight.mean(0, dtype=torch.float32)
+    mean_bias = 0.0 if head.bias is None else head.bias.float().mean()
+    metrics = {}
+    for side, rows, part in zip(SIDES, states.chunk(2), mask.chunk(2), strict=True):
+        total = torch.where(part.unsqueeze(-1), rows, 0).sum((0, 1), dtype=torch.float32)
+        count = part.sum()
+        logits = head.logit_scale * ((total * mean_row).sum() + count * mean_bias)
+        metrics[f"logits/{side}"] = torch.stack([logits, count.to(logits.dtype)])
     return metrics
 
 
@@ -48,16 +71,3 @@ def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return torch.stack([values.sum().float(), values.new_tensor(values.numel()).float()])
     return torch.stack([torch.where(mask, values, 0).sum().float(), mask.sum().float()])
-
-
-def pair_metrics(output: Any) -> dict[str, Tensor]:
-    """DPOTrainer's metrics of log-probabilities and rewards, from a loss's output."""
-    chosen, rejected = output.chosen_rewards, output.rejected_rewards
-    return {
-        "rewards/chosen": summed(chosen),
-        "rewards/rejected": summed(rejected),
-        "rewards/accuracies": summed((chosen > rejected).float()),
-        "rewards/margins": summed(chosen - rejected),
-        "logps/chosen": summed(output.chosen_logps),
-        "logps/rejected": summed(output.rejected_logps),
-    }

@@ -18,7 +18,7 @@ TOKENS = torch.randint(5, 300, (2, 6), generator=torch.Generator().manual_seed(0
 
 
 def logps(states, head):
-    return {"logps": fastpref.linear_logps(states[:, :-1], labels=TOKENS[:, 1:], **head._asdict())}
+    return {"logps": fastpref.linear_logps(states[:, :-1], head, TOKENS[:, 1:])}
 
 
 def test_the_function_gets_the_states_and_the_head():

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fastpref import reference
-from fastpref.models.lm_head import check_head, head_states, lm_head_of
+from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -208,19 +208,18 @@ def loud(model: Any) -> Any:
     return model
 
 
+def run(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head reads, and the model's own logits of each first position."""
+    states, outputs = run_to_head(model, model, input_ids=TOKEN_IDS)
+    return states, outputs.logits
+
+
 @torch.no_grad()
 def assert_logits_are_the_models(model: Any) -> None:
     head = lm_head_of(model)
-    states, first = head_states(model, input_ids=TOKEN_IDS)
+    states, first = run(model)
     expected = model(input_ids=TOKEN_IDS).logits
-    logits = reference.logits(
-        states,
-        head.weight,
-        bias=head.bias,
-        temperature=1.0,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
+    logits = reference.logits(states, head)
     torch.testing.assert_close(logits, expected)
     assert first.shape == (2, 1, 40)
     torch.testing.assert_close(first, expected[:, :1])
@@ -322,7 +321,7 @@ def test_an_adapter_on_the_head_is_refused(target):
     with pytest.raises(ValueError, match=r"modules_to_save"):
         lm_head_of(model)
     with pytest.raises(ValueError, match="merge_and_unload"):
-        head_states(model, input_ids=TOKEN_IDS)
+        run(model)
     assert_logits_are_the_models(model.merge_and_unload())
 
 
@@ -361,7 +360,7 @@ def prophet() -> Any:
 @torch.no_grad()
 def test_what_a_model_does_beside_its_head_is_refused(build):
     model = build()
-    states, first = head_states(model, input_ids=TOKEN_IDS)
+    states, first = run(model)
     with pytest.raises(ValueError, match="does something else"):
         check_head(lm_head_of(model), states, first)
 
@@ -379,14 +378,14 @@ def test_what_a_model_does_beside_its_head_is_refused(build):
 @torch.no_grad()
 def test_a_head_that_is_not_the_models_is_refused(change):
     model = tiny("Llama")
-    states, first = head_states(model, input_ids=TOKEN_IDS)
+    states, first = run(model)
     with pytest.raises(ValueError, match="does something else"):
         check_head(lm_head_of(model)._replace(**change), states, first)
 
 
 def test_the_model_is_left_as_it_was():
     model = tiny("Llama")
-    head_states(model, input_ids=TOKEN_IDS)
+    run(model)
     assert model(input_ids=TOKEN_IDS).logits.shape == (2, 6, 40)
 
 

@@ -1,0 +1,369 @@
+"""DPOTrainer with a loss of `fastpref.losses`, computed at the head."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head, get_config_model_id, use_adapter
+
+from fastpref.checks import refuse
+from fastpref.data.tokens import IGNORE_INDEX
+from fastpref.integrations.trl import metrics
+from fastpref.integrations.trl.config import (
+    DRDOConfig,
+    OracleConfig,
+    PreferenceConfig,
+    TVKDConfig,
+    inputs_of,
+)
+from fastpref.integrations.trl.saving import SavesRewardHead
+from fastpref.integrations.trl.signals import (
+    REFERENCE,
+    CollatorWithColumns,
+    Reader,
+    Signal,
+    missing_columns,
+    signals_of,
+    warn_of_other_lengths,
+)
+from fastpref.losses import METHODS
+from fastpref.models.fused_head import add_fused_head
+from fastpref.models.reward_head import rewards_at_head
+from fastpref.ops import Head, linear_logps, linear_logps_with_stats
+from fastpref.responses import Tokens, sum_responses
+from fastpref.sequences import labels_of_states
+
+OF_REWARD_HEAD = ("rewards", "student_rewards")  # inputs of a loss that the model itself gives
+
+
+class PreferenceTrainer(SavesRewardHead):
+    """TRL's ``DPOTrainer`` with any loss of `fastpref.losses`, and without logits.
+
+    Everything of ``DPOTrainer`` that is not its loss stays: dataset formats, collator, logging,
+    evaluation, checkpoints, PEFT. What a loss reads beside the model comes from
+
+    - the dataset: columns ``chosen_shaping`` and ``rejected_shaping`` (from ``fastpref values``),
+      ``chosen_reward`` and ``rejected_reward`` (from your oracle);
+    - a teacher or an oracle, in every step, or a teacher once up front (``precompute_shaping``);
+    - a reference, as in ``DPOTrainer``, for methods that have one.
+
+    It logs TRL's metrics, the parts of the loss as ``loss/*``, and ``shaping/*`` and
+    ``rewards/oracle_margin`` where the loss reads them. Methods that learn rewards of their own
+    give the model a linear reward head, saved beside it as ``reward_head.safetensors``.
+
+    Args:
+        model: As in ``DPOTrainer``. A folder with a reward head gives that too.
+        ref_model: As in ``DPOTrainer``; only for methods with a reference.
+        args: `PreferenceConfig`, or a ``DPOConfig``, whose fields then count.
+        teacher_model: For methods that read a shaping: a causal language model, a folder or a name
+            on the Hub; None where the dataset has the columns, or with ``alpha=0``.
+        teacher_processing_class: Its tokenizer; None loads the one from where it came from.
+        oracle_model: For methods that read an oracle's rewards: a folder that `OracleTrainer`
+            saved, or a model with a reward head; None where the dataset has the columns.
+        oracle_processing_class: As the teacher's.
+        train_dataset: As in ``DPOTrainer``, like all that follows.
+        eval_dataset: One dataset, or several by name.
+        peft_config: LoRA or another without virtual tokens.
+        compute_metrics: None, since it wants logits.
+        **options: All others of ``DPOTrainer``.
+
+    Raises:
+        ValueError: Missing columns, or a model beside a dataset that has them; numbers in them
+            that are not finite; a teacher or oracle with another vocabulary in every step; options
+            that the method has no use for; images; adapters with virtual tokens or on the head.
+
+    Example:
+        >>> from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer
+        >>> def train(model, pairs):
+        ...     args = PreferenceConfig("student-ipo", method="ipo", beta=0.2)
+        ...     return PreferenceTrainer(model, args=args, train_dataset=pairs).train()
+    """
+
+    config_class: type[PreferenceConfig] = PreferenceConfig
+    _paper: dict[str, str] = {}
+    # What transformers leaves open.
+    args: Any
+    _signature_columns: Any
+    # DPOTrainer's own __init__ reads batches where it precomputes a reference.
+    signals: Mapping[str, Signal] = {}
+    columns: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        *,
+        teacher_model: Any = None,
+        teacher_processing_class: Any = None,
+        oracle_model: Any = None,
+        oracle_processing_class: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Any = None,
+        **options: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{name.split('/')[-1]}-{self.config_class.method}")
+        args = self.config_class.of(args)
+        if compute_metrics is not None:
+            refuse("compute_metrics", "None, since it wants logits, which never exist", "one")
+        if ref_model is not None and not args.has_reference():
+            reason = "there is no reference (TVKD has one with reference_free=False)"
+            refuse("ref_model", f"None, since {reason}", type(ref_model).__name__)
+        refuse_adapters(model, peft_config)
+        models = {
+            "teacher_model": (teacher_model, teacher_processing_class),
+            "oracle_model": (oracle_model, oracle_processing_class),
+        }
+        signals = signals_of(args, model, models)
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            train_dataset=prepared(train_dataset, "train", signals),
+            eval_dataset=prepared(eval_dataset, "eval", signals),
+            peft_config=peft_config,
+            **options,
+        )
+        # Models that computed columns have done so, and their memory is wanted.
+        self.signals = {name: replace(signal, compute=None) for name, signal in signals.items()}
+        in_columns = [signal.columns for signal in signals.values() if signal.read is None]
+        self.columns = tuple(itertools.chain(*in_columns))
+        self.data_collator = CollatorWithColumns(self.data_collator, self.columns)
+        for signal in self.signals.values():
+            if isinstance(signal.read, Reader):
+                signal.read.join(self)
+        self.precompute_ref_logps = self.precompute_ref_logps and args.has_reference()
+        if args.has_reference():
+            read = None if self.precompute_ref_logps else self._reference_logps
+            self.signals["ref_logps"] = replace(REFERENCE, read=read)
+        take_over_head(self.model)
+        if any(name in inputs_of(args.method) for name in OF_REWARD_HEAD):
+            self.give_reward_head(model)
+        self._name = args.method
+        self._tag_names = ["trl", "fastpref", args.method]
+        self.model.add_model_tags(self._tag_names)
+        if "chosen_shaping" in self.columns:
+            warn_of_other_lengths(self.train_dataset, args.max_length)
+
+    def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> Any:
+        """As ``DPOTrainer``; new datasets need what the training dataset needed."""
+        eval_dataset = prepared(eval_dataset, "eval", self.signals)
+        return super().evaluate(eval_dataset, *arguments, **options)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """The loss; TRL would add the logits."""
+        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
+        return loss, None, None
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(B,) summed log-probabilities of chosen and rejected responses under the reference.
+
+        Without a reference model of its own, that is the student with its adapter off, or with a
+        copy of the adapter that it began with.
+        """
+        student = self.accelerator.unwrap_model(self.model)
+        take_over_head(self.accelerator.unwrap_model(model))
+        adapter: AbstractContextManager[None] = nullcontext()
+        if self.ref_model is None and is_peft_model(student):
+            name = "ref" if "ref" in student.peft_config else None
+            adapter = use_adapter(student, adapter_name=name)
+        labels = shifted_labels(inputs)
+
+        def at_head(states: Tensor, head: Head) -> dict[str, Tensor]:
+            targets = labels_of_states(labels.to(states.device), None, IGNORE_INDEX)
+            return {"logps": sum_responses(linear_logps(states, head, targets), targets).logps}
+
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter,
+            self.accelerator.autocast(),
+        ):
+            logps: Tensor = model(**self._model_inputs(inputs), at_head=at_head)["logps"]
+        chosen, rejected = logps.chunk(2)
+        return chosen, rejected
+
+    def _reference_logps(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        model = self.model if self.ref_model is None else self.ref_model
+        return torch.cat(self.compute_ref_log_probs(model, inputs))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if not self.args.has_reference():
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        model_inputs = self._model_inputs(inputs)
+        labels = shifted_labels(inputs)
+        signals = {name: signal.of_batch(inputs, labels) for name, signal in self.signals.items()}
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        at_head = partial(self._at_head, labels=labels, signals=signals)
+        results = model(**model_inputs, at_head=at_head)
+        loss: Tensor = results.pop("loss")
+        if "aux_loss" in results:
+            aux_loss = results.pop("aux_loss")
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            aux_loss = aux_loss.detach().float()
+            results["aux_loss"] = torch.stack([aux_loss, torch.ones_like(aux_loss)])
+        self._record(mode, results, inputs["attention_mask"].sum())
+        return loss
+
+    def _at_head(
+        self, states: Tensor, head: Head, *, labels: Tensor, signals: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The loss, and metrics as sum and count, from (2B, T + 1, H) states, (2B, T) labels."""
+        inputs, options = inputs_of(self.args.method), self.args.options()
+        labels = labels.to(states.device)
+        signals = {name: values.to(states.device) for name, values in signals.items()}
+        targets = labels_of_states(labels, None, IGNORE_INDEX)  # (2B, T + 1)
+        mask = targets != IGNORE_INDEX
+        rows = len(states) // 2 if "chosen" in inputs else len(states)
+        read = (states[:rows], head, targets[:rows])
+        measured = metrics.of_signals(signals)
+        if self._tp_size > 1:  # the head is sharded over the vocabulary
+            logps = linear_logps(*read, scratch_bytes=self.args.scratch_bytes)
+        else:
+            found = linear_logps_with_stats(*read, scratch_bytes=self.args.scratch_bytes)
+            logps, chosen = found.logps, slice(len(states) // 2)
+            measured["entropy"] = metrics.summed(found.entropy, mask[:rows])
+            measured["mean_token_accuracy"] = metrics.summed(found.is_top1[chosen], mask[chosen])
+            measured |= metrics.of_logits(states, head, mask)
+        for name in OF_REWARD_HEAD:
+            if name in inputs:
+                student = self.accelerator.unwrap_model(self.model)
+                signals[name] = rewards_at_head(student, states, labels)
+        if inputs.get("shaping"):  # which alpha=0 does not read
+            signals.setdefault("shaping", states.new_zeros(len(states)))
+        # Not summed yet: a pair kernel does that where there is one.
+        tokens = Tokens(logps, mask[:rows], None, None)
+        output = METHODS[self.args.method](tokens, **signals, **options)
+        return {"loss": output.loss, **metrics.of_output(output, options), **measured}
+
+    def _record(self, mode: str, measured: dict[str, Tensor], tokens: Tensor) -> None:
+        """Add up sums and counts over all processes, in one collective and one read by the host."""
+        totals = torch.stack([*measured.values(), torch.stack([tokens, tokens]).float()])
+        *totals, (tokens, _) = self.accelerator.reduce(totals, "sum").tolist()
+        for name, (total, count) in zip(measured, totals, strict=True):
+            self._metrics[mode][name].append(total / count if count else 0.0)
+        if mode == "train":
+            self._total_train_tokens += int(tokens) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        ours = {"completion_mask", *REFERENCE.columns, *self.columns}
+        return {name: value for name, value in inputs.items() if name not in ours}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]  # TRL's own
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *self.columns])]
+
+
+class TVKDTrainer(PreferenceTrainer):
+    """`PreferenceTrainer` for TVKD: a student shaped by the values of a preference-tuned teacher.
+
+    The loss is `fastpref.losses.tvkd`. The shaping comes from the dataset (from ``fastpref
+    values``), or from ``teacher_model``: in every step, where teacher and student share a
+    tokenizer, or once up front (``precompute_shaping``).
+
+    Example:
+        >>> from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
+        >>> def train(student, pairs):
+        ...     args = TVKDConfig("student-tvkd", beta=0.01, alpha=0.7)
+        ...     return TVKDTrainer(student, args=args, train_dataset=pairs).train()
+    """
+
+    config_class = TVKDConfig
+    _paper = {"title": "Teacher Value-based Knowledge Distillation (TVKD), NeurIPS 2025"}
+
+
+class DRDOTrainer(PreferenceTrainer):
+    """`PreferenceTrainer` for DRDO: a student matches an oracle's rewards as it learns preferences.
+
+    The loss is `fastpref.losses.drdo`. The student gets a linear reward head, saved beside it, and
+    ``rewards/*`` are its own.
+
+    Example:
+        >>> from fastpref.integrations.trl import DRDOConfig, DRDOTrainer
+        >>> def train(student, oracle_folder, pairs):
+        ...     args = DRDOConfig("student-drdo", length_normalize=True)
+        ...     models = {"model": student, "oracle_model": oracle_folder}
+        ...     return DRDOTrainer(**models, args=args, train_dataset=pairs).train()
+    """
+
+    config_class = DRDOConfig
+    _paper = {"title": "Direct Reward Distillation and policy-Optimization (DRDO)"}
+
+
+class OracleTrainer(PreferenceTrainer):
+    """`PreferenceTrainer` for DRDO's first stage: what it saves is an ``oracle_model``.
+
+    The loss is `fastpref.losses.oracle`. Of the rejected responses only the reward head reads
+    something, so that entropy is of the chosen ones.
+
+    Example:
+        >>> from fastpref.integrations.trl import OracleConfig, OracleTrainer
+        >>> def train(model, pairs):
+        ...     trainer = OracleTrainer(model, args=OracleConfig("oracle"), train_dataset=pairs)
+        ...     trainer.train()
+        ...     trainer.save_model()
+    """
+
+    config_class = OracleConfig
+    _paper = DRDOTrainer._paper
+
+
+def prepared(dataset: Any, name: str, signals: Mapping[str, Signal]) -> Any:
+    """A dataset, or several by name, with what the signals read of it."""
+    if dataset is None or isinstance(dataset, str):  # the name of one that was prepared
+        return dataset
+    if isinstance(dataset, dict):
+        return {key: prepared(one, key, signals) for key, one in dataset.items()}
+    if len(missing_columns(dataset, ("image", "images"))) < 2:
+        refuse(f"{name}_dataset", "text", "images")
+    for signal in signals.values():
+        dataset = signal.prepare(dataset, name)
+    return dataset
+
+
+def refuse_adapters(model: Any, peft_config: Any) -> None:
+    """Refuse adapters that put virtual tokens before a prompt, which have no labels."""
+    for config in [peft_config, *getattr(model, "peft_config", {}).values()]:
+        if getattr(config, "is_prompt_learning", False):
+            got = f"{type(config).__name__}, whose virtual tokens shift the response"
+            refuse("peft_config", "an adapter of the model's layers, LoRA for example", got)
+
+
+def take_over_head(model: Any) -> None:
+    """`add_fused_head`, in place of TRL's own fused head where that is outermost."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = bare.__dict__.get("forward")
+    if inspect.ismethod(forward) and forward.__func__.__globals__ is add_fused_lm_head.__globals__:
+        below = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
+        del bare.forward
+        if below != bare.forward:  # somebody else's, accelerate's hooks for example
+            bare.forward = below
+    add_fused_head(bare)
+
+
+def shifted_labels(inputs: dict[str, Tensor]) -> Tensor:
+    """(2B, T) the tokens that all states but the last predict, -100 outside the responses."""
+    tokens, mask = inputs["input_ids"], inputs["completion_mask"]
+    return tokens.masked_fill(mask == 0, IGNORE_INDEX)[:, 1:]

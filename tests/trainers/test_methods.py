@@ -1,0 +1,212 @@
+"""Every method of fastpref.losses is a trainer's, with its options and their help texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import functools
+import inspect
+import re
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from training import SETTINGS, TOKENIZER, dataset, history, signal, student, trainer
+from transformers import HfArgumentParser, TrainingArguments
+from trl import DPOConfig
+
+from fastpref.integrations.trl import (
+    DRDOTrainer,
+    PreferenceConfig,
+    PreferenceTrainer,
+    TVKDConfig,
+    TVKDTrainer,
+)
+from fastpref.losses import METHODS
+from fastpref.models.reward_head import has_reward_head
+
+NAN = float("nan")
+DATA = dataset(**signal("shaping"), **signal("reward"))
+OPTIONS = {
+    name: [
+        option
+        for option, parameter in inspect.signature(loss).parameters.items()
+        if not re.search("Tensor|Responses|Tokens", str(parameter.annotation))
+    ]
+    for name, loss in METHODS.items()
+}
+
+
+@functools.cache
+def helps(config):
+    """By option, as the command line shows them; argparse writes %% for %."""
+    parser = HfArgumentParser(config)
+    assert "--beta" in parser.format_help()
+    return {action.dest: action.help for action in parser._actions}
+
+
+def config(method, **settings):
+    return PreferenceConfig("unused", **SETTINGS | {"method": method} | settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains(tmp_path, method):
+    ref_model = student(seed=5) if config(method).has_reference() else None
+    found = trainer(
+        PreferenceTrainer, PreferenceConfig, tmp_path, student(), train_dataset=DATA,
+        ref_model=ref_model, settings={"method": method, "max_steps": 1},
+    )  # fmt: skip
+    before = [parameter.clone() for parameter in found.model.parameters()]
+    logged = history(found)[0]
+    assert {"logps/chosen", "rewards/margins", "entropy", "mean_token_accuracy"} <= set(logged)
+    after = list(found.model.parameters())
+    assert any(not one.equal(other) for one, other in zip(before, after, strict=True))
+    rewards = {"rewards", "student_rewards"} & set(inspect.signature(METHODS[method]).parameters)
+    assert has_reward_head(found.model) == bool(rewards)
+    assert {"trl", "fastpref", method} <= set(found.model.model_tags)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_are_the_losses_own(method):
+    args, parameters = config(method), inspect.signature(METHODS[method]).parameters
+    for name in OPTIONS[method]:
+        assert getattr(args, name) == parameters[name].default
+    for other in {name for names in OPTIONS.values() for name in names} - set(OPTIONS[method]):
+        assert getattr(args, other) is None or other == "gamma"  # which the shaping has, too
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_is_the_docstrings(method):
+    doc = re.sub(r"\s+", " ", METHODS[method].__doc__ or "").replace("``", "")
+    for name in OPTIONS[method]:
+        text = re.search(rf" {name}: (.*?\.) ", doc)[1]
+        parts = [part for part in helps(PreferenceConfig)[name].split("[") if text in part]
+        assert any(re.search(rf"\b{method}\b.*\]", part) for part in parts), name
+
+
+def test_help_of_what_signals_need():
+    found = helps(TVKDConfig)
+    for name in ("potential", "value_temperature", "terminal", "form", "precompute_shaping"):
+        assert re.fullmatch(r"\[tvkd\] [A-Z].{15,} Default: .*\.", found[name]), name
+    assert "[tvkd] Discount of the teacher's values. Default: 1.0." in found["gamma"]
+    assert "method" in helps(PreferenceConfig) and "method" not in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "tvkd", "beta": 0.0}, "beta: expected a finite number above 0"),
+        ({"method": "dpo", "beta": 0}, "beta: expected a finite number above 0"),
+        ({"method": "ipo", "beta": NAN}, "beta: expected a finite number"),
+        ({"method": "tvkd", "alpha": -0.1}, "alpha: expected a finite number at least 0"),
+        ({"method": "drdo", "alpha": -0.1}, "alpha: expected a finite number at least 0"),
+        ({"method": "drdo", "gamma": -1.0}, "gamma: expected a finite number at least 0"),
+        ({"method": "tvkd", "gamma": -1.0}, "gamma: expected a finite number at least 0"),
+        ({"method": "tvkd", "sft_weight": NAN}, "sft_weight: expected a finite number"),
+        ({"method": "oracle", "sft_weight": -1.0}, "sft_weight: expected .* at least 0"),
+        ({"method": "dpo", "label_smoothing": 0.6}, "label_smoothing: expected .* at most 0.5"),
+        ({"method": "tvkd", "value_temperature": 0.0}, "value_temperature: expected .* above 0"),
+        ({"method": "tvkd", "length_normalize": "x"}, "length_normalize: expected True or False"),
+        ({"method": "tvkd", "form": "best"}, "form: expected 'difference' or 'next_value'"),
+        ({"method": "tvkd", "terminal": "zero"}, "terminal: expected 'bootstrap', or a gamma"),
+        ({"method": "tvkd", "scratch_bytes": -1}, "scratch_bytes: expected"),
+        ({"method": "dpo", "alpha": 1.0}, "alpha: expected None, since method 'dpo' has no such"),
+        ({"method": "ipo", "reference_free": True}, "reference_free: expected None, since"),
+        ({"method": "drdo", "potential": "max"}, "potential: expected None, since"),
+        ({"method": "best"}, "method: expected 'dpo' or 'ipo' or"),
+        ({"method": "dpo", "loss_type": ["ipo"]}, "loss_type: expected .'sigmoid'., since"),
+    ],
+)
+def test_refused_at_construction(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_no_signal_left_is_meant_with_a_discount_or_another_form():
+    assert config("tvkd", terminal="zero", gamma=0.9).terminal == "zero"
+    assert config("tvkd", terminal="zero", form="next_value").gamma == 1.0
+
+
+def test_saved_arguments_are_loaded_again(tmp_path):
+    for args in (TVKDConfig("x", beta=0.02, **SETTINGS), config("drdo", gamma=1.5)):
+        torch.save(args, tmp_path / "training_args.bin")
+        loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+        for field in dataclasses.fields(args):
+            assert getattr(loaded, field.name) == getattr(args, field.name), field.name
+        assert (loaded.method, loaded.options()) == (args.method, args.options())
+    again = dataclasses.replace(TVKDConfig("x", beta=0.02, **SETTINGS), alpha=0.5)
+    assert (again.beta, again.alpha, again.method) == (0.02, 0.5, "tvkd")
+
+
+def test_a_plain_dpo_config(tmp_path):
+    """Our fields are at the method's defaults; DPO's own default of beta was not set by anyone."""
+    settings = {"beta": 0.03, "max_length": 24}
+    found = trainer(
+        TVKDTrainer, DPOConfig, tmp_path, student(), settings=settings, train_dataset=DATA
+    )
+    assert (found.args.beta, found.args.alpha, found.args.max_length) == (0.03, 1.0, 24)
+    assert isinstance(found.args, TVKDConfig) and found.args.reference_free
+    assert "shaping/chosen" in history(found)[0]
+    found = trainer(DRDOTrainer, DPOConfig, tmp_path, student(), train_dataset=DATA)
+    assert (found.args.beta, found.args.alpha, found.args.gamma) == (None, 0.1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (DPOConfig("x", beta=0.5, **SETTINGS), "beta: expected None, since method 'drdo'"),
+        (DPOConfig("x", use_weighting=True, **SETTINGS), "use_weighting: expected False"),
+        (TrainingArguments("x", use_cpu=True), "args: expected a DRDOConfig or a DPOConfig, got"),
+        (TVKDConfig("x", **SETTINGS), "args: expected method='drdo', got 'tvkd'"),
+        (config("tvkd"), "args: expected method='drdo', got 'tvkd'"),
+    ],
+)
+def test_arguments_of_something_else(args, message):
+    with pytest.raises(ValueError, match=message):
+        DRDOTrainer(student(), args=args, train_dataset=DATA)
+
+
+def test_the_example_runs():
+    (found,) = doctest.DocTestFinder().find(PreferenceConfig, "PreferenceConfig", globs={})[:1]
+    assert found.examples and not doctest.DocTestRunner().run(found).failed
+
+
+def test_without_arguments(tmp_path, monkeypatch):
+    class OnCPU(TVKDConfig):
+        def __init__(self, output_dir):
+            super().__init__(output_dir, **SETTINGS)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TVKDTrainer, "config_class", OnCPU)
+    student().save_pretrained("student")
+    TOKENIZER.save_pretrained("student")
+    found = TVKDTrainer("student", train_dataset=DATA)
+    assert (found.args.output_dir, found.args.method) == ("student-tvkd", "tvkd")
+
+
+def head_below(model):
+    """What our fused head runs: None for the model's own class."""
+    return inspect.getclosurevars(model.forward.__func__).nonlocals["own"]
+
+
+def test_one_fused_head_in_place_of_trls(tmp_path):
+    options = {"settings": {"method": "dpo"}, "ref_model": student(seed=5)}
+    found = trainer(PreferenceTrainer, PreferenceConfig, tmp_path, student(), **options)
+    history(found)
+    assert head_below(found.model) is None
+    assert head_below(found.ref_model) is None
+
+
+def test_hooks_of_accelerate_stay(tmp_path):
+    class Counts(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, hook = student(), Counts()
+    args = TVKDConfig(str(tmp_path), **SETTINGS | {"max_steps": 1})
+    add_hook_to_module(model, hook)
+    TVKDTrainer(model, args=args, train_dataset=DATA, processing_class=TOKENIZER).train()
+    assert hook.calls == 1
