@@ -6,13 +6,7 @@ from torch import Tensor
 
 from .launch import projection_config
 from .numerics import FAR, LOWEST, Transform
-from .projection import (
-    launch_projection,
-    load_labels,
-    project_tile,
-    rows_of_program,
-    tile_logits,
-)
+from .projection import launch_projection, load_labels, project_tile, rows_of_program, tile_logits
 
 # The tiles for few rows keep more numbers a thread, and have no registers for so many sums.
 MANY_ROWS = 4096
