@@ -185,27 +185,6 @@ def dot(a, b, accumulator):
 
 
 @triton.jit
-def tile_logits(
-    x,  # (ROWS, COLUMNS) float32 projections, without bias
-    first_column,  # of the tile
-    vocab_size,
-    bias_ptr,  # (V,) or None
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Columns of a tile and their logits, -inf past the vocabulary."""
-    column = first_column + tl.arange(0, COLUMNS)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + tl.minimum(column, vocab_size - 1))
-        x += bias.to(tl.float32)[None, :]
-    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    return column, tl.where((column < vocab_size)[None, :], z, -float("inf"))
-
-
-@triton.jit
 def load_labels(labels_ptr, row, vocab_size):
     """Labels of rows as 32-bit integers, which compare faster; -1, no column, for one outside."""
     label = tl.load(labels_ptr + row)
@@ -233,10 +212,12 @@ def fold_projection(
 
     Columns past the vocabulary do not count.
     """
-    column, z = tile_logits(
-        x, first_column, vocab_size, bias_ptr, logit_scale, softcap, temperature,
-        HAS_SOFTCAP, COLUMNS,
-    )  # fmt: skip
+    column = first_column + tl.arange(0, COLUMNS)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
+        x += bias.to(tl.float32)[None, :]
+    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
     if HAS_LABELS:
         in_tile = (label >= first_column) & (label < first_column + COLUMNS)
         if tl.max(in_tile.to(tl.int32), axis=0) == 1:
