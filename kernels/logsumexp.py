@@ -61,25 +61,12 @@ def _projection_logsumexp_kernel(
     rows_ptr,  # (n,) or None
     target_logit_ptr,  # (n,)
     lse_ptr,  # (splits, n)
-    n_rows,
-    vocab_size,
-    hidden_size,
-    splits,
-    tiles_per_split,
-    hidden_stride_row,
-    hidden_stride_col,
-    weight_stride_row,
-    weight_stride_col,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    EVEN_HIDDEN: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
+    n_rows, vocab_size, hidden_size, splits, tiles_per_split,
+    hidden_stride_row, hidden_stride_col, weight_stride_row, weight_stride_col,
+    logit_scale, softcap, temperature,
+    HAS_SOFTCAP: tl.constexpr, EVEN_HIDDEN: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
     """One block of rows against one split of the vocabulary."""
     split, row, row_exists, hidden_rows = rows_of_program(
         hidden_ptr, rows_ptr, n_rows, splits, hidden_stride_row, GROUP_ROWS, BLOCK_ROWS

@@ -98,20 +98,10 @@ def _persistent_logsumexp_kernel(
     labels_ptr,  # (n,) or None
     target_logit_ptr,  # (n,)
     lse_ptr,  # (splits, n)
-    n_rows,
-    vocab_size,
-    hidden_size,
-    splits,
-    tiles_per_split,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
+    n_rows, vocab_size, hidden_size, splits, tiles_per_split, logit_scale, softcap, temperature,
+    HAS_SOFTCAP: tl.constexpr, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
     """One program after another takes a block of rows against one split of the vocabulary."""
     pieces = tl.cdiv(n_rows, BLOCK_ROWS) * splits
     own_pieces = tl.cdiv(pieces - tl.program_id(0), tl.num_programs(0))

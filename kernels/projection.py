@@ -81,10 +81,8 @@ def launch_projection(
             hidden_size,
             splits,
             tiles_per_split,
-            hidden.stride(0),
-            hidden.stride(1),
-            weight.stride(0),
-            weight.stride(1),
+            *hidden.stride(),
+            *weight.stride(),
             **transform_arguments(transform),
             **constants,
             EVEN_HIDDEN=hidden_size % config.block_hidden == 0,
@@ -115,12 +113,9 @@ def row_block_and_split(piece, n_rows, splits, GROUP_ROWS: tl.constexpr, BLOCK_R
 def rows_of_program(
     hidden_ptr,  # (N, H)
     rows_ptr,  # (n,) or None
-    n_rows,
-    splits,
-    hidden_stride_row,
-    GROUP_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    n_rows, splits, hidden_stride_row,
+    GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     """Split, rows, whether these exist, and pointers to their hidden states (BLOCK_ROWS, 1).
 
     Rows past the end are the last one: what comes of them is dropped later, and the loads in the
@@ -141,16 +136,10 @@ def project_tile(
     hidden_rows,  # (BLOCK_ROWS, 1) pointers to the start of each row
     weight_ptr,  # (V, H)
     tile,  # which columns: tile * BLOCK_VOCAB and on
-    vocab_size,
-    hidden_size,
-    hidden_stride_col,
-    weight_stride_row,
-    weight_stride_col,
-    EVEN_HIDDEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
+    vocab_size, hidden_size, hidden_stride_col, weight_stride_row, weight_stride_col,
+    EVEN_HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-):
+):  # fmt: skip
     """One tile (BLOCK_ROWS, BLOCK_VOCAB) float32 of the projection, without bias.
 
     Columns past the end are the last one.
@@ -185,27 +174,6 @@ def dot(a, b, accumulator):
 
 
 @triton.jit
-def tile_logits(
-    x,  # (ROWS, COLUMNS) float32 projections, without bias
-    first_column,  # of the tile
-    vocab_size,
-    bias_ptr,  # (V,) or None
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Columns of a tile and their logits, -inf past the vocabulary."""
-    column = first_column + tl.arange(0, COLUMNS)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + tl.minimum(column, vocab_size - 1))
-        x += bias.to(tl.float32)[None, :]
-    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    return column, tl.where((column < vocab_size)[None, :], z, -float("inf"))
-
-
-@triton.jit
 def load_labels(labels_ptr, row, vocab_size):
     """Labels of rows as 32-bit integers, which compare faster; -1, no column, for one outside."""
     label = tl.load(labels_ptr + row)
@@ -222,21 +190,19 @@ def fold_projection(
     maximum,  # (ROWS,) starts at LOWEST
     sum_exp,  # (ROWS,) starts at 0, in units of exp(maximum)
     target_logit,  # (ROWS,) starts at 0
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_LABELS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    logit_scale, softcap, temperature,
+    HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Fold the logits of one tile into maximum, sum and the label's logit.
 
     Columns past the vocabulary do not count.
     """
-    column, z = tile_logits(
-        x, first_column, vocab_size, bias_ptr, logit_scale, softcap, temperature,
-        HAS_SOFTCAP, COLUMNS,
-    )  # fmt: skip
+    column = first_column + tl.arange(0, COLUMNS)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
+        x += bias.to(tl.float32)[None, :]
+    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
     if HAS_LABELS:
         in_tile = (label >= first_column) & (label < first_column + COLUMNS)
         if tl.max(in_tile.to(tl.int32), axis=0) == 1:
@@ -260,11 +226,9 @@ def store_split(
     first_column,  # of the split
     end_column,
     label,  # (ROWS,) as for `fold_projection`, like the rest
-    maximum,
-    sum_exp,
-    target_logit,
+    maximum, sum_exp, target_logit,
     HAS_LABELS: tl.constexpr,
-):
+):  # fmt: skip
     """Write what `fold_projection` made of one split; of labels only those that the split holds."""
     lse = maximum + tl.log(sum_exp)
     tl.store(lse_ptr + split.to(tl.int64) * n_rows + row, lse, mask=row_exists)

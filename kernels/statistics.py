@@ -5,14 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import projection_config
-from .numerics import FAR, LOWEST, Transform
-from .projection import (
-    launch_projection,
-    load_labels,
-    project_tile,
-    rows_of_program,
-    tile_logits,
-)
+from .numerics import FAR, LOWEST, Transform, transform_logits
+from .projection import launch_projection, load_labels, project_tile, rows_of_program
 
 # The tiles for few rows keep more numbers a thread, and have no registers for so many sums.
 MANY_ROWS = 4096
@@ -56,28 +50,13 @@ def _projection_partials_kernel(
     rows_ptr,  # (n,) or None
     target_logit_ptr,  # (n,)
     parts_ptr,  # (5, splits, n)
-    n_rows,
-    vocab_size,
-    hidden_size,
-    splits,
-    tiles_per_split,
-    hidden_stride_row,
-    hidden_stride_col,
-    weight_stride_row,
-    weight_stride_col,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    SECOND: tl.constexpr,
-    SHORTFALL: tl.constexpr,
-    SQUARES: tl.constexpr,
-    EVEN_HIDDEN: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
+    n_rows, vocab_size, hidden_size, splits, tiles_per_split,
+    hidden_stride_row, hidden_stride_col, weight_stride_row, weight_stride_col,
+    logit_scale, softcap, temperature,
+    HAS_SOFTCAP: tl.constexpr, SECOND: tl.constexpr, SHORTFALL: tl.constexpr, SQUARES: tl.constexpr,
+    EVEN_HIDDEN: tl.constexpr, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
     """One block of rows against one split of the vocabulary."""
     split, row, row_exists, hidden_rows = rows_of_program(
         hidden_ptr, rows_ptr, n_rows, splits, hidden_stride_row, GROUP_ROWS, BLOCK_ROWS
@@ -98,10 +77,13 @@ def _projection_partials_kernel(
             hidden_stride_col, weight_stride_row, weight_stride_col,
             EVEN_HIDDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
-        column, z = tile_logits(
-            x, tile * BLOCK_VOCAB, vocab_size, bias_ptr, logit_scale, softcap, temperature,
-            HAS_SOFTCAP, BLOCK_VOCAB,
-        )  # fmt: skip
+        column = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+        if bias_ptr is not None:
+            # Not masked, which would cost registers: columns past the end are dropped below.
+            bias = tl.load(bias_ptr + tl.minimum(column, vocab_size - 1))
+            x += bias.to(tl.float32)[None, :]
+        z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
+        z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
         if labels_ptr is not None:
             in_tile = (label >= tile * BLOCK_VOCAB) & (label < (tile + 1) * BLOCK_VOCAB)
             if tl.max(in_tile.to(tl.int32), axis=0) == 1:

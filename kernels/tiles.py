@@ -111,16 +111,9 @@ def _fold_tile_kernel(
     shortfall_ptr,  # (n,), or None with rest_ptr
     exponentials_ptr,  # (n, w) or None
     rescale_ptr,  # (n,), or None with exponentials_ptr
-    width,
-    vocab_start,
-    tile_stride,
-    exponentials_stride,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    width, vocab_start, tile_stride, exponentials_stride, logit_scale, softcap, temperature,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row: a sweep for the maximum, and one for the exponentials."""
     row = tl.program_id(0).to(tl.int64)
     tile_ptr += row * tile_stride
@@ -192,16 +185,9 @@ def _gradient_tile_kernel(
     probability_coefficients_ptr,  # (n,)
     label_coefficients_ptr,  # (n,)
     out_ptr,  # (n, w)
-    width,
-    vocab_start,
-    tile_stride,
-    out_stride,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    width, vocab_start, tile_stride, out_stride, logit_scale, softcap, temperature,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One block of columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

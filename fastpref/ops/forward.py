@@ -15,67 +15,12 @@ from fastpref.ops.operands import Logits, Operands
 from fastpref.ops.tiling import TileCache, carve, tile_grid
 
 
-class Running(NamedTuple):
-    """What is known of rows (n,) from the columns so far, but the labels'; see `fold_tile`."""
-
-    maximum: Tensor
-    sum_exp: Tensor
-    target_logit: Tensor
-    rest: Tensor | None  # None, as the next, where no statistics are wanted
-    shortfall: Tensor | None
-
-    @classmethod
-    def start(cls, logits: Logits, *, stats: bool) -> Running:
-        """Of no column."""
-        dtype = statistics_dtype(logits.hidden.dtype)
-        # A finite start: -inf minus -inf would be NaN where a whole tile is masked.
-        maximum = logits.hidden.new_full(
-            (logits.hidden.shape[0],), torch.finfo(dtype).min, dtype=dtype
-        )
-        zeros = torch.zeros_like(maximum)
-        more = (zeros.clone(), zeros.clone()) if stats else (None, None)
-        return cls(maximum, zeros, torch.full_like(maximum, math.nan), *more)
-
-    def of(self, rows: slice) -> Running:
-        """Views of some rows."""
-        return Running._make(None if one is None else one[rows] for one in self)
-
-    def finish(self, labels: Tensor | None) -> Statistics:
-        """What follows once every column has been seen."""
-        maximum, sum_exp, target_logit, rest, shortfall = self
-        found = Statistics.join(target_logit, maximum + sum_exp.log(), labels)
-        if rest is None or shortfall is None:
-            return found
-        nothing, none = torch.zeros_like(rest), torch.full_like(rest, -torch.inf)
-        others = Partial(torch.where(sum_exp > 0, maximum, none), none, rest, shortfall, nothing)
-        label = Partial(target_logit, none, nothing, nothing, nothing)
-        whole = merge(Partial(*(torch.stack(one) for one in zip(others, label, strict=True))))
-        return found._replace(numbers=_numbers(whole, target_logit))
-
-
 class Statistics(NamedTuple):
     """What the vocabulary says about some rows."""
 
     logps: Tensor  # (n,) log-probabilities of the labels, empty without labels
     lse: Tensor  # (n,) logsumexp of all logits
-    numbers: Tensor | None = None  # (n, 3) entropy, the largest logit, the label's
-
-    @classmethod
-    def join(cls, target_logit: Tensor, lse_other: Tensor, labels: Tensor | None) -> Statistics:
-        """Statistics of a label's logit and of the logsumexp of every other one.
-
-        Keeping the label out of the sum makes ``logps`` and ``1 - p(label)`` exact to their last
-        digits also where the model is certain.
-        """
-        if labels is None:
-            return cls(lse_other.new_empty(0), lse_other)
-        return cls(logsigmoid(target_logit - lse_other), torch.logaddexp(target_logit, lse_other))
-
-
-def _numbers(whole: Partial, target_logit: Tensor) -> Tensor:
-    """`Statistics.numbers`; the entropy is NaN beside a label outside the vocabulary."""
-    entropy = whole.entropy().masked_fill(target_logit.isnan(), torch.nan)
-    return torch.stack((entropy, whole.maximum, target_logit), dim=1)
+    numbers: Tensor  # (n, 3) entropy, the largest logit, the label's; (n, 0) where not wanted
 
 
 def statistics_by_kernel(operands: Operands, rows: Tensor | None, *, stats: bool) -> Statistics:
@@ -88,7 +33,7 @@ def statistics_by_kernel(operands: Operands, rows: Tensor | None, *, stats: bool
     from fastpref.kernels.logsumexp import projection_logsumexp
 
     found = projection_logsumexp(*operands.for_kernel(rows))
-    return Statistics.join(*found, operands.labels)
+    return _join(*found, operands.labels)
 
 
 def statistics(
@@ -99,14 +44,14 @@ def statistics(
 ) -> Statistics:
     """Fold the vocabulary into the statistics of every row: one matrix product."""
     fold_tile = tile_functions(logits.hidden).fold_tile
-    running = Running.start(logits, stats=stats)
+    running = _start(logits, stats=stats)
     logits = logits.in_dtype_of_products()
-    grid = tile_grid(*logits.shape(), running.maximum)
-    scratch = grid.buffer(running.maximum)
+    grid = tile_grid(*logits.shape(), running)
+    scratch = grid.buffer(running)
     tiles = TileCache(cache, grid, logits.hidden.dtype, scratch.dtype)
     for rows in grid.row_blocks():
-        maximum, sum_exp, target_logit, *more = running.of(rows)
-        rescale = torch.empty_like(maximum)
+        state = running[:, rows].unbind()
+        rescale = torch.empty_like(state[0])
         for columns in grid.column_blocks():
             kept = tiles.tile(rows, columns)
             buffer = scratch
@@ -115,12 +60,13 @@ def statistics(
                 buffer = kept.exponentials.view(-1)
             fold_tile(
                 logits.project(rows, columns, buffer), logits.labels_of(rows), columns.start,
-                logits.transform, maximum, sum_exp, target_logit, *more,
-                *((None, None) if kept is None else (kept.exponentials, rescale)),
+                logits.transform, *state,
+                exponentials=None if kept is None else kept.exponentials,
+                rescale=None if kept is None else rescale,
             )  # fmt: skip
             if kept is not None:
-                kept.maximum.copy_(maximum)
-    return running.finish(logits.labels)
+                kept.maximum.copy_(state[0])
+    return _finish(running, logits.labels)
 
 
 def statistics_and_jacobian(logits: Logits, *, stats: bool = False) -> tuple[Statistics, Tensor]:
@@ -135,23 +81,24 @@ def statistics_and_jacobian(logits: Logits, *, stats: bool = False) -> tuple[Sta
         dtype=jacobian_dtype(logits.hidden.dtype),
         memory_format=torch.contiguous_format,
     )
-    running = Running.start(logits, stats=stats)
+    running = _start(logits, stats=stats)
     logits = logits.in_dtype_of_products()
-    grid = tile_grid(*logits.shape(), running.maximum)
-    scratch = grid.buffer(running.maximum)
+    grid = tile_grid(*logits.shape(), running)
+    scratch = grid.buffer(running)
     operands = scratch
     if stats or scratch.dtype != logits.hidden.dtype:
         operands = grid.buffer(logits.hidden)
     for rows in grid.row_blocks():
-        maximum, sum_exp, target_logit, *more = running.of(rows)
+        state = running[:, rows].unbind()
+        maximum, sum_exp, target_logit = state[:3]
         rescale = torch.empty_like(maximum)
         total = logits.hidden.new_empty(logits.hidden[rows].shape, dtype=scratch.dtype)
         for columns in grid.column_blocks():
             tile = logits.project(rows, columns, scratch)
             exponentials = carve(operands, *tile.shape)
             fold_tile(
-                tile, logits.labels_of(rows), columns.start, logits.transform,
-                maximum, sum_exp, target_logit, *more, exponentials, rescale,
+                tile, logits.labels_of(rows), columns.start, logits.transform, *state,
+                exponentials=exponentials, rescale=rescale,
             )  # fmt: skip
             if columns.start > 0:
                 total.mul_(rescale.unsqueeze(1))
@@ -168,4 +115,46 @@ def statistics_and_jacobian(logits: Logits, *, stats: bool = False) -> tuple[Sta
             torch.sub(label_rows.to(total.dtype).mul_(slope), total, out=total)
             total.mul_(torch.sigmoid(others - target_logit).unsqueeze(1))
         jacobian[rows] = total
-    return running.finish(logits.labels), jacobian
+    return _finish(running, logits.labels), jacobian
+
+
+def _start(logits: Logits, *, stats: bool) -> Tensor:
+    """The running numbers (3 or, with ``stats``, 5, n) of `fold_tile`, before the first tile."""
+    dtype = statistics_dtype(logits.hidden.dtype)
+    running = logits.hidden.new_zeros(5 if stats else 3, logits.hidden.shape[0], dtype=dtype)
+    # A finite start: -inf minus -inf would be NaN where a whole tile is masked.
+    running[0] = torch.finfo(dtype).min
+    running[2] = math.nan
+    return running
+
+
+def _finish(running: Tensor, labels: Tensor | None) -> Statistics:
+    """What follows from the running numbers once every column has been seen."""
+    maximum, sum_exp, target_logit = running[:3].unbind()
+    found = _join(target_logit, maximum + sum_exp.log(), labels)
+    if len(running) == 3:
+        return found
+    nothing, none = torch.zeros_like(maximum), torch.full_like(maximum, -torch.inf)
+    others = Partial(torch.where(sum_exp > 0, maximum, none), none, running[3], running[4], nothing)
+    label = Partial(target_logit, none, nothing, nothing, nothing)
+    whole = merge(Partial(*(torch.stack(one) for one in zip(others, label, strict=True))))
+    return found._replace(numbers=_numbers(whole, target_logit))
+
+
+def _join(target_logit: Tensor, lse_other: Tensor, labels: Tensor | None) -> Statistics:
+    """Statistics of a label's logit and of the logsumexp of every other one.
+
+    Keeping the label out of the sum makes ``logps`` and ``1 - p(label)`` exact to their last digits
+    also where the model is certain.
+    """
+    nothing = lse_other.new_empty(len(lse_other), 0)
+    if labels is None:
+        return Statistics(lse_other.new_empty(0), lse_other, nothing)
+    lse = torch.logaddexp(target_logit, lse_other)
+    return Statistics(logsigmoid(target_logit - lse_other), lse, nothing)
+
+
+def _numbers(whole: Partial, target_logit: Tensor) -> Tensor:
+    """`Statistics.numbers`; the entropy is NaN beside a label outside the vocabulary."""
+    entropy = whole.entropy().masked_fill(target_logit.isnan(), torch.nan)
+    return torch.stack((entropy, whole.maximum, target_logit), dim=1)

@@ -22,15 +22,15 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     """Log-probabilities (N,), logsumexp (N,), Jacobian (N, H), stats (N, 3), kept tiles (flat).
 
     The stats are entropy, the largest logit and the label's, 0 in rows that ``compact`` leaves out.
-    What is not wanted is empty: log-probabilities without ``labels``, the Jacobian without
-    ``jacobian``, the stats without ``stats``, the tiles without ``scratch_bytes``.
+    What is not wanted is empty or has no columns: log-probabilities without ``labels``, the
+    Jacobian without ``jacobian``, the stats without ``stats``, the tiles without ``scratch_bytes``.
     """
     operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
     rows, count = operands.rows(), operands.hidden.shape[0]
     if operands.count(rows) == 0:
         return tuple(output.zero_() for output in _outputs(*arguments))
     cache = _cache(operands, scratch_bytes)
-    jacobian = operands.hidden.new_empty(0, dtype=jacobian_dtype(operands.hidden.dtype))
+    jacobian = _jacobian(operands.hidden, operands.count(rows), 0)
     if wants_jacobian:
         found, jacobian = statistics_and_jacobian(operands.logits(rows), stats=wants_stats)
     elif uses_triton(operands.hidden) and not scratch_bytes:
@@ -39,19 +39,11 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
         found = statistics(operands.logits(rows), cache=cache, stats=wants_stats)
 
     logps, lse, stats = found
-    if stats is None:
-        stats = lse.new_empty(0)
-    if operands.labels is None:
-        return logps, lse, jacobian, stats, cache
-    if not operands.compact:
+    if operands.labels is not None and not operands.compact:
         ignored = operands.labels == operands.ignore_index
         logps, lse = logps.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
-        if wants_jacobian:
-            jacobian.masked_fill_(ignored.unsqueeze(1), 0)
-    logps, lse = (spread(values, rows, count) for values in (logps, lse))
-    jacobian = spread(jacobian, rows, count) if wants_jacobian else jacobian
-    stats = spread(stats, rows, count) if wants_stats else stats
-    return logps, lse, jacobian, stats, cache
+        jacobian.masked_fill_(ignored.unsqueeze(1), 0)
+    return *(spread(one, rows, count) for one in (logps, lse, jacobian, stats)), cache
 
 
 linear_logps_op = torch.library.custom_op(
@@ -71,10 +63,8 @@ def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         hidden.new_empty(0 if operands.labels is None else count, dtype=dtype),
         hidden.new_empty(count, dtype=dtype),
-        hidden.new_empty(
-            (count, width) if wants_jacobian else (0,), dtype=jacobian_dtype(hidden.dtype)
-        ),
-        hidden.new_empty((count, 3) if wants_stats else (0,), dtype=dtype),
+        _jacobian(hidden, count, width if wants_jacobian else 0),
+        hidden.new_empty(count, 3 if wants_stats else 0, dtype=dtype),
         _cache(operands, scratch_bytes),
     )
 
@@ -194,6 +184,10 @@ def _backward(
 
 
 linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _jacobian(hidden: Tensor, count: int, width: int) -> Tensor:
+    return hidden.new_empty(count, width, dtype=jacobian_dtype(hidden.dtype))
 
 
 def _cache(operands: Operands, scratch_bytes: int) -> Tensor:

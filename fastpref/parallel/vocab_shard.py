@@ -55,7 +55,7 @@ def sharded_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (N,), logsumexp (N,) and stats (N, 3), as of the whole vocabulary.
 
-    What is not wanted is empty, as `linear_logps_op` has it.
+    What is not wanted is as `linear_logps_op` has it.
     """
     hidden, labels, ignore_index = operands.hidden, operands.labels, operands.ignore_index
     within = operands._replace(ignore_index=IGNORED, compact=False)
@@ -76,10 +76,7 @@ def sharded_logps(
         outside = ~ignored & ((labels < 0) | (labels >= shard.total))
         logps = logps.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
         lse = lse.masked_fill(ignored, 0)
-        if stats:
-            numbers = numbers.masked_fill(outside.unsqueeze(1), torch.nan)
-    if not stats:
-        return spread(logps, rows, count), spread(lse, rows, count), numbers
+        numbers = numbers.masked_fill(outside.unsqueeze(1), torch.nan)
     return spread(logps, rows, count), spread(lse, rows, count), spread(numbers, rows, count)
 
 

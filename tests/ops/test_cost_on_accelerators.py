@@ -66,7 +66,7 @@ def products(monkeypatch) -> list[int]:
         assert out.shape == (left.shape[0], right.shape[1])
         flops.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
 
-    def nothing(*_: object) -> None: ...
+    def nothing(*_: object, **__: object) -> None: ...
 
     monkeypatch.setattr(operands, "operand_dtype", lambda tensor: tensor.dtype)
     monkeypatch.setattr(operands, "multiply", count)
