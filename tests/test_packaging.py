@@ -88,7 +88,6 @@ MAY_IMPORT = {
     "sequences": ("checks",),
     "ops": ("checks", "kernels.logsumexp", "kernels.statistics", "kernels.tiles", "parallel"),
     "parallel": ("checks", "ops"),  # ops imports it where a head is spread over processes
-    "reference": ("ops.head",),
     "responses": ("checks", "sequences"),
     "rewards": ("checks", "ops", "sequences"),
     "losses": ("checks", "kernels.pairs", "ops.backend", "responses", "sequences"),
@@ -158,9 +157,9 @@ def test_data_flows_one_way(module):
         ("kernels.tiles", "from ..ops import tiling"),
         ("kernels.tiles", "from fastpref.ops.tiling import carve"),
         ("losses.drdo", "from fastpref.kernels.tiles import fold_tile"),
-        ("losses.drdo", "from fastpref import reference"),
+        ("losses.drdo", "from fastpref import teacher"),
         ("sequences", "from .ops.backend import multiply"),
-        ("teacher.model", "from fastpref.reference import linear_logps"),
+        ("teacher.model", "from fastpref.linear_losses import tvkd_loss"),
         ("data.rows", "from fastpref.teacher import add_shaping"),
     ],
 )

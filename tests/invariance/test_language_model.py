@@ -28,11 +28,12 @@ from collections.abc import Callable, Iterator
 from itertools import combinations, product
 from typing import NamedTuple
 
+import formulas
 import pytest
 import torch
 from torch import Tensor
 
-from fastpref import reference, teacher_shaping, tvkd_loss
+from fastpref import teacher_shaping, tvkd_loss
 from fastpref.teacher import action_rewards
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -158,7 +159,7 @@ def minimise(rewards: Tensor, shaping: Tensor) -> tuple[Tensor, float]:
 
     optimizer.step(closure)
     hessian = torch.autograd.functional.hessian(
-        lambda logits: population_loss(reference.tvkd_loss, logits, rewards, shaping),
+        lambda logits: population_loss(formulas.tvkd_loss, logits, rewards, shaping),
         table.detach(),
     )
     curvatures, directions = torch.linalg.eigh(hessian.reshape(table.numel(), -1))

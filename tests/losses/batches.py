@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import formulas
 import torch
 from closeness import assert_no_worse
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import Head, reference
+from fastpref import Head
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
 
     def logps(self) -> Tensor:
         """Log-probabilities (2B, T) of the labels in float64."""
-        return reference.linear_logps(
+        return formulas.linear_logps(
             self.states[:, :-1],
             self.head(self._asdict()),
             self.labels,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import formulas
 import pytest
 import torch
 from batches import DTYPES, exact_everywhere, hold_to_reference, some_of
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import Responses, reference
+from fastpref import Responses
 from fastpref.losses import dpo, ipo
 
 NAMES = ("logps", "ref_logps")
@@ -63,7 +64,7 @@ def hold(loss, formula, drawn, trains, dtype, options):
     ),
 )
 def test_dpo_equals_the_reference(dtype, drawn, trains, options):
-    hold(dpo, reference.dpo, drawn, trains, dtype, options)
+    hold(dpo, formulas.dpo, drawn, trains, dtype, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +76,7 @@ def test_dpo_equals_the_reference(dtype, drawn, trains, options):
     ),
 )
 def test_ipo_equals_the_reference(dtype, drawn, trains, options):
-    hold(ipo, reference.ipo, drawn, trains, dtype, options)
+    hold(ipo, formulas.ipo, drawn, trains, dtype, options)
 
 
 def test_what_the_formulas_say():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import formulas
 import pytest
 import torch
 from batches import (
@@ -19,7 +20,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import Head, drdo_loss, reference
+from fastpref import Head, drdo_loss
 from fastpref.losses.drdo import DRDOOutput, log1mexp
 
 LABELS = torch.tensor([[-100, 3, 0, 4], [2, -100, 1, -100], [-100, 6, 5, 2], [1, 2, 3, -100]])
@@ -70,7 +71,7 @@ def packed_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> DRDO
 
 
 def reference_logps(batch: Batch, leaves: dict[str, Tensor]) -> Tensor:
-    return reference.linear_logps(
+    return formulas.linear_logps(
         leaves["states"][:, :-1],
         batch.head(leaves),
         batch.labels,
@@ -80,7 +81,7 @@ def reference_logps(batch: Batch, leaves: dict[str, Tensor]) -> Tensor:
 
 
 def reference_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> Tensor:
-    return reference.drdo_loss(
+    return formulas.drdo_loss(
         leaves["states"][:, :-1],
         batch.head(leaves),
         batch.labels,
@@ -165,7 +166,7 @@ def test_large_rewards_do_not_swallow_the_preference_loss(dtype, gap, length_nor
     found = drdo_loss(hidden, weight, LABELS, rewards, -rewards, **options)
     assert found.reward_loss == (4 * gap) ** 2
     exact, plain = (
-        reference.drdo_loss(
+        formulas.drdo_loss(
             hidden.to(dtype), weight.to(dtype), LABELS, *torch.zeros(2, 4, dtype=dtype), **options
         )
         for dtype in (torch.float64, dtype)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import formulas
 import pytest
 import torch
 from batches import DTYPES, batches, hold_difference, hold_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpref import reference, teacher_shaping
+from fastpref import teacher_shaping
 from fastpref.teacher import action_rewards
 
 POTENTIALS = ["value", "max", "margin", "expectation"]
@@ -35,7 +36,7 @@ def run(function, batch, dtype, **options):
 
 
 def largest_logit_sum(batch) -> float:
-    logits = reference.logits(batch.states, batch.head(batch._asdict()))
+    logits = formulas.logits(batch.states, batch.head(batch._asdict()))
     return float(logits.abs().amax(-1).sum(1).max())
 
 
@@ -46,7 +47,7 @@ def test_shaping_by_any_potential_equals_the_reference(potential, dtype, batch, 
     options = {**options, "potential": potential}
     found = run(teacher_shaping, batch, dtype, compact=compact, **options)
     plain, exact = (
-        run(reference.teacher_shaping, batch, one, **options) for one in (dtype, torch.float64)
+        run(formulas.teacher_shaping, batch, one, **options) for one in (dtype, torch.float64)
     )
     probabilities = potential in ("max", "margin")
     scale = float(batch.labels.shape[1]) if probabilities else largest_logit_sum(batch)
@@ -59,7 +60,7 @@ def test_shaping_by_any_potential_equals_the_reference(potential, dtype, batch, 
 def test_action_rewards_equal_the_reference(reward, dtype, batch, compact):
     found = run(action_rewards, batch, dtype, reward=reward, compact=compact)
     plain, exact = (
-        run(reference.action_rewards, batch, one, reward=reward) for one in (dtype, torch.float64)
+        run(formulas.action_rewards, batch, one, reward=reward) for one in (dtype, torch.float64)
     )
     hold_difference(found, plain, exact, dtype, largest_logit_sum(batch))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import formulas
 import pytest
 import torch
 from batches import DTYPES, Batch, batches, hold_equal, hold_to_reference, some_of
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import reference, sequence_rewards
+from fastpref import sequence_rewards
 
 NAMES = ("states", "head_weight", "head_bias")
 
@@ -36,7 +37,7 @@ def test_equals_the_reference(dtype, batch, biased, trains):
     more = head(batch, biased)
     hold_to_reference(
         lambda leaves: padded(batch, leaves),
-        lambda leaves: padded(batch, leaves, reference.sequence_rewards),
+        lambda leaves: padded(batch, leaves, formulas.sequence_rewards),
         lambda dtype: batch.leaves(dtype, trains, **more),
         dtype,
         scale=float((batch.states * more["head_weight"]).abs().sum(-1).max()),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import formulas
 import pytest
 import torch
 from batches import DTYPES, Batch, batches, hold_difference, hold_equal, hold_to_reference
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import linear_logsumexp, reference, shaping_from_values, teacher_shaping
+from fastpref import linear_logsumexp, shaping_from_values, teacher_shaping
 from fastpref.ops import linear_logps_op
 from fastpref.sequences import sequence_sum
 
@@ -64,9 +65,9 @@ def test_shaping_equals_the_reference(dtype, batch, options, compact):
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not found.requires_grad
     expected, rough = (
-        shaping(batch, one, reference.teacher_shaping, **options).detach() for one in (exact, plain)
+        shaping(batch, one, formulas.teacher_shaping, **options).detach() for one in (exact, plain)
     )
-    values = reference.linear_logsumexp(
+    values = formulas.linear_logsumexp(
         batch.states, batch.head(batch._asdict()), temperature=batch.temperature
     )
     hold_difference(found, rough, expected, dtype, float(values.abs().sum(1).max()))
@@ -84,7 +85,7 @@ def test_shaping_from_values_equals_the_reference(dtype, batch, options):
 
     hold_to_reference(
         run(shaping_from_values),
-        run(reference.shaping_from_values),
+        run(formulas.shaping_from_values),
         lambda dtype: {"values": values.to(dtype).clone().requires_grad_()},
         dtype,
         scale=float(values.abs().sum(1).max()),
@@ -259,7 +260,7 @@ def test_values_that_no_label_needs_may_hold_anything():
 def test_long_packed_responses_add_up_as_exactly_as_padded_ones(dtype, length, gamma):
     values = (2 * torch.randn(4, length + 1) + 20).to(dtype)
     labels = torch.ones(4, length, dtype=torch.int64)
-    exact = reference.shaping_from_values(values.double(), labels, gamma=gamma)
+    exact = formulas.shaping_from_values(values.double(), labels, gamma=gamma)
     padded = shaping_from_values(values, labels, gamma=gamma)
     packed = shaping_from_values(values.reshape(-1), gamma=gamma, **packed_states(labels))
     assert padded.dtype == packed.dtype == torch.float32

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import formulas
 import pytest
 import torch
 from batches import DTYPES, Batch, batches, hold_equal, hold_to_reference, some_of
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import Head, LossOutput, reference, tvkd_loss
+from fastpref import Head, LossOutput, tvkd_loss
 
 LABELS = torch.tensor([[-100, 3, 0, 4], [2, -100, 1, -100], [-100, 6, 5, 2], [1, 2, 3, -100]])
 OPTIONS = st.fixed_dictionaries(
@@ -72,7 +73,7 @@ def packed_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> Loss
 
 
 def reference_loss(batch: Batch, leaves: dict[str, Tensor], **options: Any) -> Tensor:
-    return reference.tvkd_loss(
+    return formulas.tvkd_loss(
         leaves["states"][:, :-1],
         batch.head(leaves),
         batch.labels,
@@ -131,7 +132,7 @@ def test_metrics_are_the_sums_behind_the_loss(dtype, batch, options, referenced)
     assert not any(values.requires_grad for values in found[1:])
 
     def metrics(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        logps = reference.linear_logps(
+        logps = formulas.linear_logps(
             leaves["states"][:, :-1],
             batch.head(leaves),
             batch.labels,

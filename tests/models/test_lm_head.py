@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import formulas
 import peft
 import pytest
 import torch
 import transformers
 
-from fastpref import reference
 from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -219,7 +219,7 @@ def assert_logits_are_the_models(model: Any) -> None:
     head = lm_head_of(model)
     states, first = run(model)
     expected = model(input_ids=TOKEN_IDS).logits
-    logits = reference.logits(states, head)
+    logits = formulas.logits(states, head)
     torch.testing.assert_close(logits, expected)
     assert first.shape == (2, 1, 40)
     torch.testing.assert_close(first, expected[:, :1])

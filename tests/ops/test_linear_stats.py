@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import formulas
 import pytest
 import torch
 from cases import DTYPES, Case, cases
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fastpref
-from fastpref import Head, reference
+from fastpref import Head
 from fastpref.ops import tiling
 from fastpref.ops.linear_stats import FORMULAS, OF_LABELS
 from fastpref.ops.linear_stats_op import (
@@ -36,7 +37,7 @@ def run(case: Case, stats: list[str] = EVERYTHING, **more: object) -> Stats:
 
 def expected(case: Case) -> Stats:
     with torch.no_grad():
-        return reference.linear_stats(case.hidden, case.head, case.labels, **case.options)
+        return formulas.linear_stats(case.hidden, case.head, case.labels, **case.options)
 
 
 def of_logits(logits: torch.Tensor, labels: torch.Tensor, **more: object) -> Stats:
@@ -63,9 +64,9 @@ def test_is_top1_wherever_rounding_cannot_decide(dtype, case):
     exact = ours.to(torch.float64, trained=False)
     labels = torch.where(case.labels == case.options["ignore_index"], 0, case.labels)
     temperature = case.options["temperature"]
-    logits = reference.logits(exact.hidden, exact.head, temperature=temperature)
+    logits = formulas.logits(exact.hidden, exact.head, temperature=temperature)
     single = ours.to(torch.float32, trained=False)
-    single = reference.logits(single.hidden, single.head, temperature=temperature)
+    single = formulas.logits(single.hidden, single.head, temperature=temperature)
     gap = logits.gather(-1, labels.unsqueeze(-1)) - logits
     gap.scatter_(-1, labels.unsqueeze(-1), torch.inf)
     clear = gap.abs().amin(-1) > 4 * (single - logits).abs().amax()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import formulas
 import pytest
 import torch
 from cases import DTYPES, Case, cases
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastpref
-from fastpref import Head, reference
+from fastpref import Head
 from fastpref.ops import LogpsWithStats, tiling
 
 # Every path: the Jacobian in the forward pass; the head trained, with kept tiles and without; none.
@@ -30,7 +31,7 @@ def run(case: Case, path: str, **more: object) -> LogpsWithStats:
 
 def stats_of(case: Case) -> dict[str, torch.Tensor]:
     with torch.no_grad():
-        return reference.linear_stats(case.hidden, case.head, case.labels, **case.options)
+        return formulas.linear_stats(case.hidden, case.head, case.labels, **case.options)
 
 
 def of_logits(logits: torch.Tensor, labels: torch.Tensor, path: str, **more: object):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import formulas
 import pytest
 import torch
 from counting import peak_bytes_of
@@ -20,7 +21,6 @@ from training import (
 )
 from transformers import AutoModelForCausalLM
 
-from fastpref import reference
 from fastpref.integrations.trl import DRDOConfig, DRDOTrainer, OracleConfig, OracleTrainer
 from fastpref.models.reward_head import add_reward_head, load_reward_head
 
@@ -65,7 +65,7 @@ def test_the_loss_is_the_formula(tmp_path, settings):
     loss.backward()
     model, states, labels, rewards, weight = naive(found, batch)
     oracle_rewards = torch.cat([batch["chosen_reward"], batch["rejected_reward"]])
-    expected = reference.drdo_loss(
+    expected = formulas.drdo_loss(
         states, model.lm_head.weight, labels, rewards, oracle_rewards,
         **{"alpha": 0.1, "gamma": 2.0, **settings},
     )  # fmt: skip
@@ -80,10 +80,10 @@ def test_the_oracles_loss_is_the_formula(tmp_path):
     loss = found.compute_loss(found.model, dict(batch))
     loss.backward()
     model, states, labels, rewards, weight = naive(found, batch)
-    logps = reference.linear_logps(states, model.lm_head.weight, labels).chunk(2)[0]
+    logps = formulas.linear_logps(states, model.lm_head.weight, labels).chunk(2)[0]
     chosen, rejected = rewards.chunk(2)
     lengths = (labels.chunk(2)[0] != -100).sum(1)
-    expected = reference.oracle_loss(chosen, rejected, logps.sum(1) / lengths, sft_weight=0.3)
+    expected = formulas.oracle_loss(chosen, rejected, logps.sum(1) / lengths, sft_weight=0.3)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert_gradients(found, model, weight)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import formulas
 import pytest
 import torch
 from datasets import Dataset
@@ -17,7 +18,6 @@ from training import SETTINGS, TOKENIZER, signal, student
 from transformers import TrainingArguments
 
 import fastpref.integrations.trl
-from fastpref import reference
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
 TVKD, DRDO, SIMPO, METHOD, PLAIN = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -99,6 +99,6 @@ def test_the_plain_trainer(kind, tmp_path):
 
 def naive_loss(model, batch):
     states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0][:, :-1]
-    return reference.tvkd_loss(
+    return formulas.tvkd_loss(
         states, model.lm_head.weight, batch["labels"], batch["shaping"], beta=0.01
     )

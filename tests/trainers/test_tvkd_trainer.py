@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import formulas
 import pytest
 import torch
 from counting import peak_bytes_of
@@ -18,7 +19,6 @@ from training import (
     trainer,
 )
 
-from fastpref import reference
 from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
 from fastpref.integrations.trl.signals import SHAPING
 from fastpref.teacher import add_shaping
@@ -66,7 +66,7 @@ def test_the_loss_is_the_formula(tmp_path, settings):
     states = naive.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
     shaping = torch.cat([batch["chosen_shaping"], batch["rejected_shaping"]])
-    expected = reference.tvkd_loss(
+    expected = formulas.tvkd_loss(
         states[:, :-1], naive.lm_head.weight, labels, shaping, **{"beta": 0.1, **settings}
     )
     expected.backward()

@@ -1,7 +1,7 @@
-"""Every formula once more in the most naive way, with full logits, for tests and benchmarks.
+"""Every formula once more in the most naive way, with full logits: what tests compare with.
 
 Everything runs in whatever precision it is given, follows autograd, and takes padded tensors only:
-hidden (2B, T, H), a head (V, H), labels (2B, T). Nothing here is imported by the library.
+hidden (2B, T, H), a head (V, H), labels (2B, T). The library imports none of them.
 """
 
 from __future__ import annotations
