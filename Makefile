@@ -13,8 +13,8 @@ demo: .venv/.installed
 # Triton kernels run twice: compiled ahead of time (and on a GPU where there is one), and
 # interpreted on the CPU. The interpreter replaces triton.jit at import, hence a second process.
 test: .venv/.installed
-	$(BIN)/pytest -q tests
-	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/kernels tests/ops tests/losses
+	$(BIN)/pytest -q -n auto --maxprocesses 8 tests
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n auto --maxprocesses 8 tests/kernels tests/ops tests/losses
 
 lint: .venv/.installed
 	$(BIN)/ruff check

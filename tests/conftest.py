@@ -17,6 +17,10 @@ settings.register_profile(
 )
 settings.load_profile("fastpref")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, and what they start
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastpref import linear_logsumexp, linear_stats
+from fastpref import Head, linear_logsumexp, linear_stats
 
 
 @torch.no_grad()
@@ -16,8 +16,8 @@ def test_log_probabilities_lose_the_value_and_one_raw_logit_brings_it_back():
 
     def answer(bias):
         stats = ("target_logit", "target_logp", "max_prob", "margin")
-        found = linear_stats(hidden, weight, token, stats=stats, bias=bias)
-        return found, linear_logsumexp(hidden, weight, bias=bias)
+        head = Head(weight, bias)
+        return linear_stats(hidden, head, token, stats=stats), linear_logsumexp(hidden, head)
 
     (plain, value), (shifted, shifted_value) = answer(None), answer(shift)
     torch.testing.assert_close(shifted_value, value + 2.5)
