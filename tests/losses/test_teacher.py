@@ -146,9 +146,9 @@ def test_only_the_ends_of_runs_are_projected(packed, terminal, monkeypatch):
     projected = []
     original = linear_logps_op.statistics
 
-    def counting(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        projected.append(hidden.detach().clone())
-        return original(hidden, *arguments, **options)
+    def counting(logits: Any, **options: Any) -> Any:
+        projected.append(logits.hidden.detach().clone())
+        return original(logits, **options)
 
     # Float64 takes this path whatever the device and the kernels.
     monkeypatch.setattr(linear_logps_op, "statistics", counting)

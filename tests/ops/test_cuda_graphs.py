@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import linear_logps, tvkd_loss
+from fastpref import linear_logps, linear_logps_with_stats, tvkd_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -30,7 +30,8 @@ def make_inputs(seed: int) -> Inputs:
 def no_gradient(inputs: Inputs) -> list[Tensor]:
     with torch.no_grad():
         arguments = (inputs["hidden"], inputs["weight"], inputs["labels"])
-        return [linear_logps(*arguments, compact=False)]
+        stats = linear_logps_with_stats(*arguments, compact=False)
+        return [linear_logps(*arguments, compact=False), *stats]
 
 
 def with_gradients(trains: bool) -> Callable[[Inputs], list[Tensor]]:

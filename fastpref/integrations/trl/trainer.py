@@ -238,13 +238,11 @@ class PreferenceTrainer(SavesRewardHead):
         rows = len(states) // 2 if "chosen" in inputs else len(states)
         read = (states[:rows], head, targets[:rows])
         measured = metrics.of_signals(signals)
-        if self._tp_size > 1:  # the head is sharded over the vocabulary
-            logps = linear_logps(*read, scratch_bytes=self.args.scratch_bytes)
-        else:
-            found = linear_logps_with_stats(*read, scratch_bytes=self.args.scratch_bytes)
-            logps, chosen = found.logps, slice(len(states) // 2)
-            measured["entropy"] = metrics.summed(found.entropy, mask[:rows])
-            measured["mean_token_accuracy"] = metrics.summed(found.is_top1[chosen], mask[chosen])
+        found = linear_logps_with_stats(*read, scratch_bytes=self.args.scratch_bytes)
+        chosen = slice(len(states) // 2)
+        measured["entropy"] = metrics.summed(found.entropy, mask[:rows])
+        measured["mean_token_accuracy"] = metrics.summed(found.is_top1[chosen], mask[chosen])
+        if self._tp_size == 1:  # else the mean row of the head is on no process
             measured |= metrics.of_logits(states, head, mask)
         for name in OF_REWARD_HEAD:
             if name in inputs:
@@ -253,7 +251,7 @@ class PreferenceTrainer(SavesRewardHead):
         if inputs.get("shaping"):  # which alpha=0 does not read
             signals.setdefault("shaping", states.new_zeros(len(states)))
         # Not summed yet: a pair kernel does that where there is one.
-        tokens = Tokens(logps, mask[:rows], None, None)
+        tokens = Tokens(found.logps, mask[:rows], None, None)
         output = METHODS[self.args.method](tokens, **signals, **options)
         return {"loss": output.loss, **metrics.of_output(output, options), **measured}
 
