@@ -10,4 +10,5 @@ from fastpref.losses.dpo import ipo as ipo
 from fastpref.losses.drdo import drdo as drdo
 from fastpref.losses.oracle import oracle as oracle
 from fastpref.losses.pairs import METHODS as METHODS
+from fastpref.losses.simpo import simpo as simpo
 from fastpref.losses.tvkd import tvkd as tvkd
