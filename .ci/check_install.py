@@ -168,6 +168,8 @@ def check_package() -> None:
     """What is imported is what was installed, whole."""
     import fastpref
     import fastpref.data
+    import fastpref.models
+    import fastpref.parallel
     import fastpref.teacher
 
     folder = Path(fastpref.__file__).parent
@@ -212,9 +214,8 @@ def check_loss() -> None:
 
 def check_advice() -> None:
     """What needs an extra says which, in an ImportError of ours."""
-    from fastpref.integrations.reward_head import load_reward_head
-
     from fastpref import collate_pairs
+    from fastpref.models import load_reward_head
     from fastpref.teacher import add_shaping, load_shaping, load_teacher, read_rows
 
     Path("pairs.parquet").touch()

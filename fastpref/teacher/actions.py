@@ -60,7 +60,7 @@ def action_rewards(
         torch.Size([2])
     """
     check_choice("reward", reward, tuple(ACTION_REWARDS))
-    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
+    labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index)
     check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
     found = linear_stats(
         hidden,

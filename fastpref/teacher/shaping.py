@@ -95,7 +95,7 @@ def teacher_shaping(
         torch.Size([2])
     """
     check_flag("compact", compact)
-    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
+    labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
     check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
     coefficients = _value_coefficients(
         labels, gamma, terminal, form, ignore_index, cu_seqlens, statistics_dtype(hidden.dtype)
@@ -182,7 +182,7 @@ def shaping_from_values(
         >>> shaping_from_values(values, torch.tensor([[5, 6], [7, -100]]))
         tensor([3., 2.])
     """
-    labels, cu_seqlens, _ = check_pairs(labels, cu_seqlens, ignore_index)
+    labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index)
     check_states("values", values, labels, cu_seqlens, vectors=False)
     dtype = statistics_dtype(values.dtype)
     coefficients = _value_coefficients(
