@@ -64,8 +64,8 @@ def add_fused_head(model: Any) -> None:
     if _runs_at_head(model.forward):
         return
     head_module(model)  # refuses models without a head now, not in the first step
-    # Somebody else's forward, accelerate's for example, stays below ours. The class's own is looked up in
-    # each call: a copy of the model must not run the layers of the first.
+    # Somebody else's forward, accelerate's for example, stays below ours. The class's own is looked
+    # up in each call: a copy of the model must not run the layers of the first.
     own = model.__dict__.get("forward")
     checked = False
 
