@@ -96,6 +96,17 @@ def check_annotated(annotations: Mapping[str, Any], values: Mapping[str, Any]) -
     return checked
 
 
+def is_finite_float32(value: object) -> bool:
+    """Whether a value of a dataset is a number that float32 can hold."""
+    return isinstance(value, Real) and abs(float(value)) <= torch.finfo(torch.float32).max
+
+
+def check_scratch_bytes(value: int) -> None:
+    """Refuse what is no number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(value))
+
+
 def check_flag(name: str, value: bool) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):

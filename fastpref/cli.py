@@ -10,9 +10,8 @@ from fastpref import __version__
 from fastpref.data import read_rows
 from fastpref.extras import require_extra
 from fastpref.teacher import add_shaping, load_teacher
-from fastpref.teacher.model import Dtype
+from fastpref.teacher.model import Dtype, this_process
 from fastpref.teacher.precompute import ShapingOptions, check_arguments
-from fastpref.teacher.processes import this_process
 from fastpref.teacher.shaping import Form, Potential, Terminal
 from fastpref.teacher.store import read_settings
 
@@ -67,7 +66,7 @@ def values(
     ] = "value",
     temperature: Annotated[float, typer.Option(help="Temperature of the teacher's value.")] = 1.0,
     gamma: Annotated[
-        float, typer.Option(help="Discount; with 1 the head is read twice a response.")
+        float, typer.Option(help="Discount; with 1 the head is read twice per response.")
     ] = 1.0,
     terminal: Annotated[Terminal, typer.Option(help="Value after the last token.")] = "bootstrap",
     form: Annotated[Form, typer.Option(help="next_value is what the authors' code trains.")] = (
@@ -79,7 +78,7 @@ def values(
     max_length: Annotated[
         int | None, typer.Option(help="Cut sequences after so many of the teacher's tokens.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs a batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Pairs per batch.")] = 8,
     skip_bad_rows: Annotated[
         bool,
         typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and say which."),
@@ -93,7 +92,7 @@ def values(
 ) -> None:
     """Add a teacher's values to a preference dataset, ready for TVKD.
 
-    Writes the dataset with two columns more, chosen_shaping and rejected_shaping: one number a
+    Writes the dataset with two columns more, chosen_shaping and rejected_shaping: one number per
     response, made with the teacher's own tokenizer and chat template, whatever the student's are.
 
     Stopped at any moment and started again with the same arguments, it goes on where it was. On

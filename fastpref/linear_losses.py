@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastpref import losses
@@ -77,8 +79,8 @@ def tvkd_loss(
         (torch.Size([2, 3, 8]), torch.Size([1]))
     """
     tokens = _tokens(
-        hidden, head, labels, cu_seqlens, token_weights,
-        temperature, ignore_index, compact, scratch_bytes,
+        hidden, head, labels, cu_seqlens, token_weights, temperature=temperature,
+        ignore_index=ignore_index, compact=compact, scratch_bytes=scratch_bytes,
     )  # fmt: skip
     return losses.tvkd(
         tokens,
@@ -151,8 +153,9 @@ def drdo_loss(
         tensor([-4.,  4.])
     """
     tokens = _tokens(
-        hidden, head, labels, cu_seqlens, None, temperature, ignore_index, compact, scratch_bytes
-    )
+        hidden, head, labels, cu_seqlens, None, temperature=temperature,
+        ignore_index=ignore_index, compact=compact, scratch_bytes=scratch_bytes,
+    )  # fmt: skip
     return losses.drdo(
         tokens,
         student_rewards,
@@ -170,16 +173,11 @@ def _tokens(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    compact: bool,
-    scratch_bytes: int,
+    **options: Any,  # of `linear_logps`
 ) -> Tokens:
     check_labels(labels, hidden)
+    ignore_index, compact = options["ignore_index"], options["compact"]
     labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
     check_token_weights(token_weights, labels)
-    logps = linear_logps(
-        hidden, head, labels, temperature=temperature, ignore_index=ignore_index,
-        compact=compact, scratch_bytes=scratch_bytes,
-    )  # fmt: skip
+    logps = linear_logps(hidden, head, labels, **options)
     return Tokens(logps, labels != ignore_index, cu_seqlens, token_weights)

@@ -109,7 +109,7 @@ def sum_responses(
 
 
 def check_token_weights(token_weights: Tensor | None, labels: Tensor) -> None:
-    """Refuse weights that are not one floating-point number a label."""
+    """Refuse weights that are not one floating-point number per label."""
     if token_weights is None:
         return
     check_floating("token_weights", token_weights)

@@ -96,7 +96,7 @@ def check_states(
 
 
 def labels_of_states(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
-    """One label a state: padded labels (2B, T) get the last state's, ``ignore_index``."""
+    """One label per state: padded labels (2B, T) get the last state's, ``ignore_index``."""
     return labels if cu_seqlens is not None else pad(labels, (0, 1), value=ignore_index)
 
 

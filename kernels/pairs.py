@@ -117,24 +117,14 @@ LOSSES = {"tvkd": tvkd_pair, "drdo": drdo_pair}
 
 @triton.jit
 def _pairs_kernel(
-    logps_ptr,  # (N,)
-    mask_ptr,  # (N,) bool
-    weights_ptr,  # (N,) or None
+    logps_ptr, mask_ptr, weights_ptr,  # (N,), the weights may be None
     offsets_ptr,  # (2B + 1,)
-    x_ptr,  # (2B,) or None
-    y_ptr,  # (2B,) or None
+    x_ptr, y_ptr,  # (2B,) or None
     terms_ptr,  # (2, B)
-    logps_sums_ptr,  # (2B,)
-    lengths_ptr,  # (2B,)
-    by_logps_ptr,  # (N,)
-    by_x_ptr,  # (2B,)
-    a,
-    b,
-    c,
-    LOSS: tl.constexpr,
-    LENGTH_NORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logps_sums_ptr, lengths_ptr,  # (2B,)
+    by_logps_ptr, by_x_ptr,  # (N,), (2B,)
+    a, b, c, LOSS: tl.constexpr, LENGTH_NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One pair."""
     pairs = tl.num_programs(0)
     chosen = tl.program_id(0)
@@ -173,16 +163,9 @@ def _number(ptr, sequence):
 
 @triton.jit
 def _sequence_sums(
-    logps_ptr,  # (N,)
-    mask_ptr,  # (N,) bool
-    weights_ptr,  # (N,) or None
-    offsets_ptr,  # (2B + 1,)
-    logps_sums_ptr,  # (2B,)
-    lengths_ptr,  # (2B,)
-    sequence,
-    LENGTH_NORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logps_ptr, mask_ptr, weights_ptr, offsets_ptr, logps_sums_ptr, lengths_ptr, sequence,
+    LENGTH_NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The weighted sum of a sequence's unmasked log-probabilities, and what divides it.
 
     Writes the sum without weights, and the length.
@@ -215,14 +198,8 @@ def _sequence_sums(
 
 @triton.jit
 def _spread(
-    by_logps_ptr,  # (N,)
-    mask_ptr,  # (N,) bool
-    weights_ptr,  # (N,) or None
-    offsets_ptr,  # (2B + 1,)
-    sequence,
-    by_sum,
-    BLOCK: tl.constexpr,
-):
+    by_logps_ptr, mask_ptr, weights_ptr, offsets_ptr, sequence, by_sum, BLOCK: tl.constexpr
+):  # fmt: skip
     """`by_sum`, times a token's weight, at every unmasked token of a sequence, else 0."""
     start = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)

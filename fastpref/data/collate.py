@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref.checks import refuse
+from fastpref.checks import is_finite_float32, refuse
 from fastpref.data.rows import RESPONSES, BadRow, describe
 from fastpref.data.tokens import check_max_length, pad_pairs, tokenize_rows
 from fastpref.extras import require_extra
@@ -68,6 +67,8 @@ def collate_pairs(
     """
     require_extra("teacher", "fastpref.collate_pairs", "trl")
     check_max_length(max_length)
+    if isinstance(rows, Mapping):
+        refuse("rows", "a list of rows", "a dictionary of columns")
     if not rows:
         refuse("rows", "at least one preference pair", "none")
     pairs, bad = tokenize_rows(rows, tokenizer, max_length=max_length, context_length=None)
@@ -77,7 +78,7 @@ def collate_pairs(
         for columns in signals.values()
         for column in columns
         for index, row in enumerate(rows)
-        if not _is_finite(row.get(column))
+        if not is_finite_float32(row.get(column))
     ]
     if bad:
         first = str(rows[bad[0].row])
@@ -95,7 +96,3 @@ def _signals(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     found = {name: [f"{side}_{end}" for side in RESPONSES] for name, end in SIGNALS.items()}
     present = {column for row in rows for column in row}
     return {name: columns for name, columns in found.items() if not present.isdisjoint(columns)}
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and abs(float(value)) <= torch.finfo(torch.float32).max

@@ -63,7 +63,9 @@ def tokenize_rows(
 
 def check_max_length(max_length: int | None) -> None:
     """Refuse a length that leaves no room for a token and the one before it."""
-    if max_length is not None and max_length < 2:
+    if max_length is None:
+        return
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         refuse("max_length", "a number of tokens, at least 2, or None", repr(max_length))
 
 

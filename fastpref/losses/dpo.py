@@ -42,8 +42,8 @@ def dpo(
         >>> round(dpo(responses, torch.tensor([-4.0, -4.0])).loss.item(), 4)
         0.5981
     """
-    rewards = beta * (responses.logps - ref_logps)
-    return pair_output(preference_losses(margins(rewards), label_smoothing), responses, rewards)
+    losses = preference_losses(beta * margins(responses.logps - ref_logps), label_smoothing)
+    return pair_output(losses, responses, beta * (responses.likelihoods() - ref_logps))
 
 
 @pair_loss
@@ -71,7 +71,8 @@ def ipo(
             sums.
 
     Returns:
-        `LossOutput`; rewards are ``beta`` times the log-ratios that the loss reads.
+        `LossOutput`; rewards are ``beta * (logps - ref_logps)``, per token under
+        ``length_normalize``.
 
     Raises:
         ValueError: Tensors that are not (2B,), a number that is not finite or out of range.
@@ -82,7 +83,8 @@ def ipo(
         0.0
     """
     ratios = responses.logps - ref_logps
+    rewards = beta * (responses.likelihoods() - ref_logps)
     if length_normalize:
-        ratios = responses.per_token(ratios)
+        ratios, rewards = responses.per_token(ratios), responses.per_token(rewards)
     losses = (margins(ratios) - 1 / (2 * beta)).square()
-    return pair_output(losses, responses, beta * ratios)
+    return pair_output(losses, responses, rewards)

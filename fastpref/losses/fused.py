@@ -1,7 +1,8 @@
 """TVKD and DRDO on GPUs: sums, losses and coefficients of all pairs in one launch.
 
 `FUSED` computes what the methods of the same names compute in PyTorch. The operator returns, beside
-losses and sums, what the gradient of every log-probability is a multiple of.
+losses and sums, the derivative of each pair's loss by every log-probability: backward multiplies it
+by the incoming gradient.
 """
 
 from __future__ import annotations
@@ -19,16 +20,9 @@ from fastpref.sequences import offsets, sequence_of_position
 
 
 def fused_tvkd(
-    tokens: Tokens,
-    shaping: Tensor,
-    *,
-    beta: float,
-    alpha: float,
-    ref_logps: Tensor | None,
-    length_normalize: bool,
-    label_smoothing: float,
-    sft_weight: float,
-) -> LossOutput:
+    tokens: Tokens, shaping: Tensor, *, ref_logps: Tensor | None, beta: float, alpha: float,
+    length_normalize: bool, label_smoothing: float, sft_weight: float,
+) -> LossOutput:  # fmt: skip
     """`fastpref.losses.tvkd`."""
     losses, _, responses = _pair_losses(
         "tvkd", tokens, shaping if alpha else None, ref_logps, beta, alpha, label_smoothing,
@@ -41,15 +35,9 @@ def fused_tvkd(
 
 
 def fused_drdo(
-    tokens: Tokens,
-    student_rewards: Tensor,
-    oracle_rewards: Tensor,
-    *,
-    alpha: float,
-    gamma: float,
-    length_normalize: bool,
-    detach_focal: bool,
-) -> DRDOOutput:
+    tokens: Tokens, student_rewards: Tensor, oracle_rewards: Tensor, *, alpha: float, gamma: float,
+    length_normalize: bool, detach_focal: bool,
+) -> DRDOOutput:  # fmt: skip
     """`fastpref.losses.drdo`."""
     losses, terms, responses = _pair_losses(
         "drdo", tokens, student_rewards, oracle_rewards, alpha, gamma, 0.0 if detach_focal else 1.0,

@@ -49,7 +49,7 @@ def oracle(chosen: Responses, rewards: Tensor, *, sft_weight: NonNegative = 0.1)
         1.0931
     """
     preference_loss = preference_losses(margins(rewards)).mean()
-    nll_loss = -chosen.per_token(chosen.logps).mean()
+    nll_loss = -chosen.per_token(chosen.likelihoods()).mean()
     return OracleOutput(
         preference_loss + sft_weight * nll_loss,
         chosen.likelihoods().detach(),

@@ -23,6 +23,8 @@ from fastpref.responses import Responses, Tokens
 
 # Every method by its name; `pair_loss` adds them.
 METHODS: dict[str, Callable[..., Any]] = {}
+WITH_KERNEL = ("drdo", "tvkd")  # what `fastpref.losses.fused` has
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 Parameters = ParamSpec("Parameters")
 Output = TypeVar("Output")
 
@@ -44,12 +46,13 @@ def pair_loss(
     """Make a function a method: it is registered by its name, and its arguments are checked.
 
     Its first argument is `Responses`, of all 2B responses or, called ``chosen``, of the chosen
-    ones alone. Tensors are (2B,) and cast to its dtype; numbers and flags are held to their
-    annotations. Tokens that are yet to be summed do as well: where Triton runs and the method has
-    a pair kernel, that sums them.
+    ones alone. Other tensors are (2B,) and are cast to the dtype of the log-probabilities. Numbers
+    and flags must keep to their annotations. In place of `Responses` it also takes `Tokens`, which
+    a Triton kernel sums if the method has one, and `Tokens.sums` otherwise.
     """
     parameters = inspect.signature(loss).parameters
     first, *names = parameters
+    positional = [name for name in names if parameters[name].kind != KEYWORD_ONLY]
     hints = get_type_hints(loss)
     tensors = {name for name in names if hints[name] in (Tensor, Tensor | None)}
     options = options_of(loss)
@@ -59,17 +62,14 @@ def pair_loss(
     def call(
         responses: Responses | Tokens, /, *arguments: Parameters.args, **named: Parameters.kwargs
     ) -> Output:
-        given: dict[str, Any] = {**dict(zip(names, arguments, strict=False)), **named}
+        given: dict[str, Any] = {**dict(zip(positional, arguments, strict=False)), **named}
         if len(given) < len(arguments) + len(named):  # too many, or one twice: Python says so
             return loss(cast(Responses, responses), *arguments, **named)
-        if not isinstance(responses, Responses | Tokens):
-            refuse(first, "Responses, from sum_responses", type(responses).__name__)
-        count = responses.sequences() * (2 if first == "chosen" else 1)
-        if not count or count % 2:
-            refuse(first, "2B responses, chosen ones first and as many rejected after them", count)
+        count = _check_responses(first, responses)
         given = check_annotated(options, given)
         for name in tensors & given.keys():
-            given[name] = _ready(name, given[name], responses.logps, count)
+            if given[name] is not None or hints[name] is Tensor:
+                given[name] = _ready(name, given[name], responses.logps, count)
         if isinstance(responses, Tokens):
             if _has_kernel(loss.__name__, responses, given, but=next(iter(names), "")):
                 from fastpref.losses.fused import FUSED
@@ -82,10 +82,25 @@ def pair_loss(
     return call
 
 
-def _ready(name: str, values: Any, logps: Tensor, count: int) -> Tensor | None:
+def _check_responses(name: str, responses: Any) -> int:
+    """The number of responses of all pairs, 2B; refused is what is no `Responses` of pairs."""
+    if not isinstance(responses, Responses | Tokens):
+        refuse(name, "Responses, from sum_responses", type(responses).__name__)
+    if isinstance(responses, Responses):
+        check_floating("logps", responses.logps)
+        if responses.logps.dim() != 1:
+            refuse("logps", "shape (S,), one number per response", tuple(responses.logps.shape))
+        for field, values in responses._asdict().items():
+            if values is not None:
+                check_shape(field, values, responses.logps.shape, "(S,), one number per response")
+    count: int = responses.sequences() * (2 if name == "chosen" else 1)
+    if not count or count % 2:
+        refuse(name, "2B responses, chosen ones first and as many rejected after them", count)
+    return count
+
+
+def _ready(name: str, values: Any, logps: Tensor, count: int) -> Tensor:
     """One number per response, in the dtype of the log-probabilities."""
-    if values is None:
-        return None
     check_floating(name, values)
     check_shape(name, values, (count,), "(2B,), one number per response")
     check_device(name, values, "labels", logps)
@@ -94,7 +109,7 @@ def _ready(name: str, values: Any, logps: Tensor, count: int) -> Tensor | None:
 
 def _has_kernel(method: str, tokens: Tokens, given: dict[str, Any], *, but: str) -> bool:
     """Whether a Triton kernel serves a call: it has no gradients of tensors ``but`` of one."""
-    if method not in ("drdo", "tvkd") or not uses_triton(tokens.logps):
+    if method not in WITH_KERNEL or not uses_triton(tokens.logps):
         return False
     constants = [tokens.token_weights, *(value for name, value in given.items() if name != but)]
     return not any(isinstance(one, Tensor) and one.requires_grad for one in constants)

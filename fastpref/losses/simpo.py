@@ -43,6 +43,7 @@ def simpo(
         >>> round(simpo(responses).loss.item(), 4)
         0.2014
     """
-    rewards = beta * responses.per_token(responses.logps)
-    losses = preference_losses(margins(rewards) - gamma, label_smoothing)
+    means = responses.per_token(responses.logps)
+    losses = preference_losses(beta * margins(means) - gamma, label_smoothing)
+    rewards = beta * responses.per_token(responses.likelihoods())
     return pair_output(losses, responses, rewards, sft_weight)

@@ -34,7 +34,7 @@ def add_fused_head(model: Any) -> None:
     of experts that are asked for their router's logits). Without ``at_head`` nothing changes. Call
     it before DDP, FSDP or DeepSpeed wrap the model, and pass ``at_head`` to the wrapped one.
 
-    ``function`` takes (n, T, H) states, on the head's device, and an `Head`; it returns a
+    ``function`` takes (n, T, H) states, on the head's device, and a `Head`; it returns a
     dictionary of tensors. What it needs beside, labels for instance, it brings along. A model that
     has been taught is left as it is.
 

@@ -99,6 +99,9 @@ def head_states(model: Any, **inputs: Any) -> Tensor:
         >>> head_states(model, input_ids=tokens).shape
         torch.Size([2, 5, 16])
     """
+    for name in ("labels", "logits_to_keep"):
+        if name in inputs:
+            refuse(name, "nothing: take it out of the batch", "one")
     module = head_module(model)
     states, outputs = run_to_head(model, model, kept_rows=1, **inputs)
     tokens = inputs.get("input_ids")
@@ -132,7 +135,7 @@ def run_to_head(
 
     handle = head_module(model).register_forward_pre_hook(keep_first)
     try:
-        outputs = run(*inputs, **named_inputs, use_cache=False)
+        outputs = run(*inputs, **{**named_inputs, "use_cache": False})
     finally:
         handle.remove()
     if len(captured) != 1:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_labels, check_shape, refuse
+from fastpref.checks import check_labels, check_scratch_bytes, check_shape
 from fastpref.ops.head import Head, prepare_head
 from fastpref.ops.linear_logps_op import linear_logps_op
 from fastpref.ops.operands import Operands
@@ -170,8 +170,7 @@ def call_head(
         check_labels(labels, hidden)
         check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
         labels = labels.to(torch.int64).reshape(-1)
-    if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int) or scratch_bytes < 0:
-        refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(scratch_bytes))
+    check_scratch_bytes(scratch_bytes)
     rows, weight, bias, transform, shard = ready = prepare_head(
         hidden, head, temperature, ignore_index, compact
     )

@@ -10,7 +10,6 @@ import torch
 
 from fastpref.checks import check_choice
 from fastpref.extras import require_extra
-from fastpref.teacher.processes import this_process
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -83,3 +82,11 @@ def model_settings(model: Any) -> dict[str, str]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_digest": digest.hexdigest()[:16],
     }
+
+
+def this_process() -> Any:
+    """Accelerate's view of this process: its device, its number, how many there are."""
+    from accelerate import PartialState
+
+    # Only with cpu=True does it join processes that run on CPUs.
+    return PartialState(cpu=not torch.accelerator.is_available())

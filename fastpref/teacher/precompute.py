@@ -1,4 +1,4 @@
-"""The teacher's signal for a whole dataset: one number a response."""
+"""The teacher's signal for a whole dataset: one number per response."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fastpref.extras import require_extra
 from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
-from fastpref.teacher.model import model_settings
-from fastpref.teacher.processes import this_process
+from fastpref.teacher.model import model_settings, this_process
 from fastpref.teacher.shaping import (
     Form,
     Potential,
     Terminal,
+    check_signal,
     shaping_from_values,
     state_potentials,
     teacher_shaping,
@@ -78,7 +78,7 @@ def add_shaping(
     .. math:: \Psi(y) = \sum_t \gamma \phi(s_{t+1}) - \phi(s_t)
 
     TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025). Telescoping makes it one number
-    a response, which belongs to the *teacher's* tokens: the student may have another tokenizer and
+    per response. It belongs to the *teacher's* tokens: the student may have another tokenizer and
     template. A precompute that was killed goes on where it stopped and ends in the same numbers.
     Under ``torchrun`` or ``accelerate launch`` the processes share the batches.
 
@@ -98,7 +98,7 @@ def add_shaping(
         form: Of the sum.
         per_token: Also add the potential of every state of a response.
         max_length: Cut sequences after so many of the teacher's tokens, as TRL's ``max_length``.
-        batch_size: Pairs a batch. Another batch size may round other last digits.
+        batch_size: Pairs per batch. Another batch size may round other last digits.
         skip_bad_rows: Leave rows out that cannot be used, instead of refusing them all.
 
     Returns:
@@ -209,6 +209,7 @@ def check_arguments(
     check_choice("form", options.form, get_args(Form))
     check_number("temperature", options.temperature, above=0)
     check_number("gamma", options.gamma, at_least=0)
+    check_signal(options.terminal, options.form, options.gamma)
 
 
 def plan(pairs: list[TokenizedPair], batch_size: int) -> list[list[TokenizedPair]]:

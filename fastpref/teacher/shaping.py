@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastpref.checks import check_choice, check_flag, check_number
+from fastpref.checks import check_choice, check_flag, check_number, refuse
 from fastpref.ops import Head, linear_stats
 from fastpref.ops.backend import statistics_dtype
 from fastpref.ops.head import vocabulary_size
@@ -53,7 +53,7 @@ def teacher_shaping(
               \phi(s) = V(s) = \tau \log \sum_a \exp(Q(s, a) / \tau)
 
     TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025). With ``gamma=1`` the sum
-    telescopes, so the head is read at two positions a run of labels, not at all of them. Runs
+    telescopes, so the head is read at two positions per run of labels, not at all of them. Runs
     without gradients: a teacher is frozen.
 
     Args:
@@ -189,6 +189,17 @@ def shaping_from_values(
         labels, gamma, terminal, form, ignore_index, cu_seqlens, dtype
     )
     return _weighted_sum(values, coefficients, coefficients != 0, cu_seqlens)
+
+
+def check_signal(terminal: Terminal, form: Form, gamma: float) -> None:
+    """Refuse what gives both responses to a prompt the same shaping: it teaches nothing."""
+    if (terminal, form, gamma) == ("zero", "difference", 1.0):
+        refuse(
+            "terminal",
+            "'bootstrap', or a gamma below 1, since 'zero' with gamma=1 gives both responses of a "
+            "pair the same shaping",
+            repr(terminal),
+        )
 
 
 def _value_coefficients(

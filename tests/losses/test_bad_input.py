@@ -17,6 +17,7 @@ import fastpref
 from fastpref import Head, Responses
 from fastpref.checks import check_options, options_of
 from fastpref.losses import METHODS
+from fastpref.responses import Tokens
 
 HEADED = ("linear_logps", "linear_logsumexp", "tvkd_loss", "drdo_loss", "teacher_shaping")
 LOSSES = ("tvkd_loss", "drdo_loss")
@@ -661,3 +662,35 @@ def test_sums_over_wrong_boundaries_are_nan_where_nobody_reads_them(boundaries):
     given = {"cu_seqlens": torch.tensor(boundaries), "compact": False}
     found = fastpref.sum_responses(torch.zeros(16), labels, **given)
     assert (found.logps.isnan() == (boundaries != [0, 4, 8, 12, 16])).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method in METHODS for name in loss_arguments(method)]
+)
+@pytest.mark.parametrize("summed", [True, False], ids=["responses", "tokens"])
+def test_a_loss_refuses_nothing_for_what_it_needs(method, name, summed):
+    responses = responses_of(method)
+    if not summed:
+        responses = Tokens(-torch.ones(len(responses.logps), 1), torch.ones(4, 1) > 0, None, None)
+        responses = responses._replace(mask=responses.logps < 0)
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor, got NoneType"):
+        METHODS[method](responses, **loss_arguments(method) | {name: None})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_takes_options_by_name_alone(method):
+    with pytest.raises(TypeError, match=rf"{method}\(\)"):
+        METHODS[method](responses_of(method), *loss_arguments(method).values(), 0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_refuses_responses_that_are_no_vectors(method):
+    good = responses_of(method)
+    for bad, expected in (
+        (good._replace(logps=good.logps.unsqueeze(1)), "logps: expected shape"),
+        (good._replace(logps=good.logps.tolist()), "logps: expected a tensor"),
+        (good._replace(lengths=good.lengths[:1]), "lengths: expected shape"),
+        (good._replace(unweighted_logps=good.logps[:1]), "unweighted_logps: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            METHODS[method](bad, **loss_arguments(method))

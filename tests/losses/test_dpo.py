@@ -101,3 +101,14 @@ def test_metrics_are_detached():
 def test_a_reference_is_no_option():
     with pytest.raises(TypeError, match="ref_logps"):
         dpo(Responses(torch.zeros(2), torch.ones(2, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("loss", [dpo, ipo])
+def test_rewards_are_of_the_likelihood_whatever_the_tokens_weigh(loss):
+    weighted = Responses(torch.tensor([-1.0, -6.0]), torch.tensor([1, 2]), torch.tensor([-2.0, -4]))
+    plain = Responses(weighted.unweighted_logps, weighted.lengths)
+    ref_logps = torch.tensor([-2.0, -3.0])
+    found, expected = loss(weighted, ref_logps), loss(plain, ref_logps)
+    assert found.loss != expected.loss
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(one, other)

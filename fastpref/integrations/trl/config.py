@@ -12,11 +12,18 @@ from typing import Any, Literal, Self, get_args, get_origin
 from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
-from fastpref.checks import NonNegative, Positive, check_choice, check_number, check_options, refuse
+from fastpref.checks import (
+    NonNegative,
+    Positive,
+    check_choice,
+    check_options,
+    check_scratch_bytes,
+    refuse,
+)
 from fastpref.losses import METHODS
 from fastpref.responses import Responses
 from fastpref.teacher.precompute import ShapingOptions
-from fastpref.teacher.shaping import Form, Potential, Terminal
+from fastpref.teacher.shaping import Form, Potential, Terminal, check_signal
 
 # What makes DPO's loss another one. `label_smoothing_factor` is that of transformers' own Trainer.
 OF_OTHER_LOSSES = (
@@ -50,9 +57,7 @@ def shaping_options(
             training and let go of the teacher. It then reads its own tokens: any tokenizer will
             do. The result stays in output_dir and is used again.
     """
-    if (terminal, form, gamma) == ("zero", "difference", 1.0):
-        reason = "with gamma=1 both responses of a pair would have the same shaping"
-        refuse("terminal", f"'bootstrap', or a gamma below 1, since {reason}", repr(terminal))
+    check_signal(terminal, form, gamma)
     return ShapingOptions(potential, value_temperature, gamma, terminal, form)._asdict()
 
 
@@ -99,7 +104,7 @@ def _help(name: str, function: Callable[..., Any]) -> str:
     doc = inspect.getdoc(function) or ""
     found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", doc.partition("Args:\n")[2], re.M)
     text = "" if found is None else re.sub(r"\s+", " ", found[1]).replace("``", "")
-    return f"{text} Default: {_options(function)[name].default}."
+    return f"{text} If not set: {_options(function)[name].default}."
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
@@ -214,13 +219,13 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         options = OPTIONS[self.method]
         others = [name for name in ALL_OPTIONS if name not in options]
         self.refuse_set(others, f"method {self.method!r} has no such option")
-        self.refuse_set(OF_OTHER_LOSSES, f"method {self.method!r} has a loss of its own")
+        self.refuse_set(OF_OTHER_LOSSES, f"method chooses the loss, here {self.method!r}")
         for name, option in options.items():
             if getattr(self, name) is None:
                 setattr(self, name, option.default)
             if choices := _choices(option.annotation):
                 check_choice(name, getattr(self, name), choices)
-        check_number("scratch_bytes", self.scratch_bytes, at_least=0)
+        check_scratch_bytes(self.scratch_bytes)
         for function in _sources(self.method):
             check_options(function, vars(self))
         if "shaping" in inputs_of(self.method):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from transformers import AutoTokenizer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from fastpref.checks import refuse
+from fastpref.checks import is_finite_float32, refuse
 from fastpref.data.tokens import tokenizer_settings
 from fastpref.integrations.trl.config import OF_SHAPING, PreferenceConfig, inputs_of
 from fastpref.models.fused_head import add_fused_head
@@ -209,7 +207,7 @@ def load_frozen(argument: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 @dataclass
 class CollatorWithColumns:
-    """TRL's collator, and beside its tensors one (B,) float32 tensor a column."""
+    """TRL's collator, and beside its tensors one (B,) float32 tensor per column."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     columns: tuple[str, ...]
@@ -226,7 +224,7 @@ class CollatorWithColumns:
 def finite(column: str, values: list[Any]) -> list[Any]:
     """``values`` of a column; refused is one with a row that has no finite number."""
     for row, value in enumerate(values):
-        if not isinstance(value, Real) or not math.isfinite(value):
+        if not is_finite_float32(value):
             refuse(column, "a finite number in every row", f"{value!r} (row {row})")
     return values
 

@@ -64,7 +64,8 @@ class PreferenceTrainer(SavesRewardHead):
     Args:
         model: As in ``DPOTrainer``. A folder with a reward head gives that too.
         ref_model: As in ``DPOTrainer``; only for methods with a reference.
-        args: `PreferenceConfig`, or a ``DPOConfig``, whose fields then count.
+        args: `PreferenceConfig`, or a ``DPOConfig``: its fields are
+            carried over, ours keep their defaults.
         teacher_model: For methods that read a shaping: a causal language model, a folder or a name
             on the Hub; None where the dataset has the columns, or with ``alpha=0``.
         teacher_processing_class: Its tokenizer; None loads the one from where it came from.
@@ -118,6 +119,8 @@ class PreferenceTrainer(SavesRewardHead):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{name.split('/')[-1]}-{self.config_class.method}")
         args = self.config_class.of(args)
+        if "method" in options:
+            refuse("method", "a method in args, PreferenceConfig(method=...)", options["method"])
         if compute_metrics is not None:
             refuse("compute_metrics", "None, since it wants logits, which never exist", "one")
         if ref_model is not None and not args.has_reference():
@@ -248,7 +251,7 @@ class PreferenceTrainer(SavesRewardHead):
             if name in inputs:
                 student = self.accelerator.unwrap_model(self.model)
                 signals[name] = rewards_at_head(student, states, labels)
-        if inputs.get("shaping"):  # which alpha=0 does not read
+        if inputs.get("shaping"):  # a required argument, but with alpha=0 there is no such signal
             signals.setdefault("shaping", states.new_zeros(len(states)))
         # Not summed yet: a pair kernel does that where there is one.
         tokens = Tokens(found.logps, mask[:rows], None, None)
@@ -354,6 +357,7 @@ def take_over_head(model: Any) -> None:
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = bare.__dict__.get("forward")
     if inspect.ismethod(forward) and forward.__func__.__globals__ is add_fused_lm_head.__globals__:
+        # TRL has no switch for it: what it covered is a variable of its function (TRL 1.16).
         below = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
         del bare.forward
         if below != bare.forward:  # somebody else's, accelerate's hooks for example
