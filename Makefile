@@ -4,6 +4,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests of code that runs Triton kernels.
+INTERPRETED := tests/kernels tests/ops tests/losses tests/teacher/test_shaping.py \
+	tests/teacher/test_potentials.py tests/test_responses.py tests/test_rewards.py
 
 .PHONY: demo test lint check-install
 
@@ -14,7 +17,7 @@ demo: .venv/.installed
 # interpreted on the CPU. The interpreter replaces triton.jit at import, hence a second process.
 test: .venv/.installed
 	$(BIN)/pytest -q -n auto --maxprocesses 8 tests
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -n auto --maxprocesses 8 tests/kernels tests/ops tests/losses
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n auto --maxprocesses 8 $(INTERPRETED)
 
 lint: .venv/.installed
 	$(BIN)/ruff check

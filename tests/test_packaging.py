@@ -90,7 +90,7 @@ MAY_IMPORT = {
     "parallel": ("checks", "ops"),  # ops imports it where a head is spread over processes
     "responses": ("checks", "sequences"),
     "rewards": ("checks", "ops", "sequences"),
-    "losses": ("checks", "kernels.pairs", "ops.backend", "responses", "sequences"),
+    "losses": ("checks", "kernels.pair_losses", "ops.backend", "responses", "sequences"),
     "linear_losses": ("checks", "losses", "ops", "responses", "sequences"),
     "models": ("checks", "extras", "ops", "rewards"),
     "teacher": ("checks", "data", "extras", "models", "ops", "sequences"),
@@ -153,7 +153,7 @@ def test_data_flows_one_way(module):
         ("ops.head", "def late():\n    import fastpref.losses.tvkd"),
         ("ops.head", "from fastpref import losses"),
         ("ops.head", "import fastpref"),
-        ("ops.operands", "from fastpref.kernels.pairs import pairs"),
+        ("ops.operands", "from fastpref.kernels.pair_losses import pairs"),
         ("kernels.tiles", "from ..ops import tiling"),
         ("kernels.tiles", "from fastpref.ops.tiling import carve"),
         ("losses.drdo", "from fastpref.kernels.tiles import fold_tile"),

@@ -88,8 +88,8 @@ def pair_losses_op(
     c: float,
     length_normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses (B,) and the outputs of `fastpref.kernels.pairs.pair_losses`."""
-    from fastpref.kernels.pairs import pair_losses
+    """Losses (B,) and the outputs of `fastpref.kernels.pair_losses.pair_losses`."""
+    from fastpref.kernels.pair_losses import pair_losses
 
     found = pair_losses(
         loss, logps, mask, offsets, token_weights, x, y, a, b, c, length_normalize=length_normalize

@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fastpref.kernels import launch, logsumexp, pairs, tiles  # noqa: E402
+from fastpref.kernels import launch, logsumexp, tiles  # noqa: E402
+from fastpref.kernels import pair_losses as kernel_of_pairs  # noqa: E402
 
 KIB = 1024
 TARGETS = {
@@ -177,7 +178,7 @@ def gradient(dtype: torch.dtype, everything: bool) -> None:
 
 
 def pair_losses(loss: str, everything: bool, offsets_dtype: torch.dtype) -> None:
-    pairs.pair_losses(
+    kernel_of_pairs.pair_losses(
         loss,
         torch.empty(64),
         torch.empty(64, dtype=torch.bool),
@@ -196,7 +197,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PROJECTION = (logsumexp, "_projection_logsumexp_kernel")
 FOLD = (tiles, "_fold_tile_kernel")
 GRADIENT = (tiles, "_gradient_tile_kernel")
-PAIRS = (pairs, "_pairs_kernel")
+PAIRS = (kernel_of_pairs, "_pairs_kernel")
 
 
 def cases() -> Iterator[tuple[str, tuple, Callable[..., None], tuple]]:
@@ -215,7 +216,7 @@ def cases() -> Iterator[tuple[str, tuple, Callable[..., None], tuple]]:
     yield "fold-statistics", FOLD, fold, (None, False)
     yield "fold-statistics-stats", FOLD, fold, (None, False, True)
     yield "gradient-plain", GRADIENT, gradient, (torch.bfloat16, False)
-    for loss in pairs.LOSSES:
+    for loss in kernel_of_pairs.LOSSES:
         yield f"{loss}-plain", PAIRS, pair_losses, (loss, False, torch.int64)
         yield f"{loss}-everything", PAIRS, pair_losses, (loss, True, torch.int32)
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref.kernels.pairs import LOSSES, PairLosses, pair_losses
+from fastpref.kernels.pair_losses import LOSSES, PairLosses, pair_losses
 
 pytestmark = QUIET
 
