@@ -69,15 +69,15 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
     import datasets
 
     if path.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(source)  # type: ignore[no-any-return]
+        return datasets.Dataset.from_parquet(source)  # type: ignore[no-any-return]  # untyped
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(source)
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 refuse("split", f"one of {', '.join(saved)}", repr(split))
             saved = saved[split]
-        return saved  # type: ignore[no-any-return]
-    return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]
+        return saved  # type: ignore[no-any-return]  # untyped
+    return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]  # untyped
 
 
 def row_defect(row: object) -> str | None:

@@ -81,7 +81,7 @@ def sharded_logps(
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = _ShardedLogps.apply(*arguments)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor, Tensor] = _ShardedLogps.apply(*arguments)  # type: ignore[no-untyped-call]  # autograd's own
     return found
 
 
