@@ -13,7 +13,7 @@ from fastpref.data.rows import RESPONSES, BadRow, describe
 from fastpref.data.tokens import check_max_length, pad_pairs, tokenize_rows
 from fastpref.extras import require_extra
 
-# What a loss calls a signal, and how the columns of a dataset end that hold it.
+# By the name of a loss's input: the ending of the dataset columns that hold it.
 SIGNALS = {"shaping": "shaping", "oracle_rewards": "reward"}
 
 

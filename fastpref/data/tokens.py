@@ -15,7 +15,7 @@ from torch import Tensor
 from fastpref.checks import refuse
 from fastpref.data.rows import BadRow, row_defect
 
-# Of int32, four bytes a token while a whole dataset is in memory.
+# int32: four bytes per token, since a whole dataset is in memory.
 TokenIds: TypeAlias = "array[int]"
 IGNORE_INDEX = -100
 

@@ -30,7 +30,7 @@ class VocabShard(NamedTuple):
 def shard_of_group(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup
 ) -> VocabShard:
-    """This process's place in a vocabulary whose sizes it asks the others of ``group`` for.
+    """Which part of the vocabulary this process has: the processes tell one another their sizes.
 
     The rows of all processes are end to end in the order of their ranks; their numbers may differ.
     """
