@@ -101,10 +101,12 @@ def is_finite_float32(value: object) -> bool:
     return isinstance(value, Real) and abs(float(value)) <= torch.finfo(torch.float32).max
 
 
-def check_scratch_bytes(value: int) -> None:
-    """Refuse what is no number of bytes."""
+def check_scratch_bytes(value: int | None) -> None:
+    """Refuse what is no number of bytes, nor None."""
+    if value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        refuse("scratch_bytes", "a whole number of bytes, at least 0", repr(value))
+        refuse("scratch_bytes", "a whole number of bytes, at least 0, or None", repr(value))
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -32,7 +32,7 @@ def tvkd_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     compact: bool = True,
-    scratch_bytes: int = 0,
+    scratch_bytes: int | None = None,
 ) -> LossOutput:
     r"""Preference loss with the teacher's value as potential-based reward shaping, without logits.
 
@@ -60,7 +60,7 @@ def tvkd_loss(
         temperature: As in `linear_logps`, like all that follows.
         ignore_index: The label of positions outside the response.
         compact: Project labelled rows only.
-        scratch_bytes: Where the head trains, bytes for exponentials kept for backward.
+        scratch_bytes: Where the head trains, the most bytes to keep for backward; None chooses.
 
     Returns:
         `LossOutput`. A response without labels counts as zero log-probability.
@@ -109,7 +109,7 @@ def drdo_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     compact: bool = True,
-    scratch_bytes: int = 0,
+    scratch_bytes: int | None = None,
 ) -> DRDOOutput:
     r"""Reward distillation with a focal log-odds preference term, without the logits.
 
@@ -134,7 +134,7 @@ def drdo_loss(
         temperature: Divides the logits.
         ignore_index: The label of positions outside the response.
         compact: Project labelled rows only.
-        scratch_bytes: Where the head trains, bytes for exponentials kept for backward.
+        scratch_bytes: Where the head trains, the most bytes to keep for backward; None chooses.
 
     Returns:
         `fastpref.losses.drdo.DRDOOutput`. A response without labels counts as zero log-probability.

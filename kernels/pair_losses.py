@@ -99,8 +99,8 @@ def drdo_pair(
     """
     z_w /= n_w
     z_l /= n_l
-    # log(1 - exp(z_l)) is -inf at 0: stop one float32 epsilon before.
-    below_zero = tl.minimum(z_l, -1.1920928955078125e-07)
+    # log(1 - exp(z_l)) is -inf at 0: stop at the smallest normal float32.
+    below_zero = tl.minimum(z_l, -1.1754943508222875e-38)
     log_odds = z_w - log1mexp(below_zero)
     odds_by_z_l = tl.where(z_l > below_zero, 0.0, -tl.exp(below_zero) / expm1_negative(below_zero))
     weight = -alpha * tl.exp(gamma * logsigmoid(z_l - z_w))

@@ -102,10 +102,10 @@ def drdo_output(
 def log1mexp(logps: Tensor) -> Tensor:
     """``log(1 - exp(logps))`` for ``logps <= 0``, finite and differentiable up to 0 itself.
 
-    A probability closer to one than the dtype's epsilon can't be told from one and counts as that
-    close, with no gradient.
+    `linear_logps` gives ``-1e-10`` with all its digits, so only what is closer to 0 than the
+    dtype's smallest normal number counts as that close, with no gradient.
     """
-    logps = logps.clamp_max(-torch.finfo(logps.dtype).eps)
+    logps = logps.clamp_max(-torch.finfo(logps.dtype).tiny)
     near_zero = logps > -math.log(2)
     # Each branch sees only arguments that it is exact for, so that neither gives a NaN gradient.
     from_expm1 = torch.log(-torch.expm1(torch.where(near_zero, logps, -1.0)))

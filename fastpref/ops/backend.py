@@ -43,15 +43,6 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def jacobian_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a Jacobian waits for the backward pass: that of the inputs.
-
-    But float32 for float16: ``1 - p`` of a certain token is below float16's smallest number, and
-    the loss scale that would lift it comes only with the incoming gradient.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def operand_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which matrix products take their operands.
 

@@ -2,76 +2,107 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastpref.ops.backend import multiply, tile_functions
 from fastpref.ops.operands import Logits
-from fastpref.ops.tiling import TileCache, carve, tile_grid
+from fastpref.ops.tiling import KeptTiles, carve, grid_by_columns
 from fastpref.ops.torch_tiles import write_at_labels
+
+
+class LogitGradients(NamedTuple):
+    """What makes gradients of logits: every tensor (n,), in the dtype of statistics."""
+
+    reference: Tensor
+    coefficients: Tensor  # of exp(logit - reference), with the constant part of the slope
+    of_labels: Tensor  # of the labels' projections
 
 
 def gradients(
     logits: Logits,
-    logps: Tensor,  # (n,), empty without labels
-    lse: Tensor,  # (n,)
-    probability_coefficients: Tensor,  # (n,)
-    label_coefficients: Tensor,  # (n,)
+    given: LogitGradients,
     *,
-    cache: Tensor,  # uint8, flat, as `statistics` left it
+    cache: Tensor,  # uint8, flat, as `read_by_tiles` left it
     hidden_gradient: Tensor | None,  # (n, H) in the dtype of statistics, written
     weight_gradient: Tensor | None,  # (V, H), written
     bias_gradient: Tensor | None,  # (V,), written
 ) -> None:
-    """Write the gradients that are wanted: a matrix product each, one more for what is not cached.
+    """Write the gradients that are wanted: a matrix product each, one more for what is not kept.
 
-    The vocabulary is the outer loop, so each stretch of the weight's gradient is finished at once
-    and summed in float32 whatever its dtype.
+    The vocabulary is the outer loop, so each stretch of the weight's gradient is finished at once.
     """
-    # Finite, so that no difference to it is NaN in a row whose every logit is -inf.
-    lse = lse.clamp_min(torch.finfo(lse.dtype).min)
-    gradient_tile = tile_functions(logits.hidden).gradient_tile
-    logits = logits.in_dtype_of_products()
-    hidden, weight, transform = logits.hidden, logits.weight, logits.transform
-    grid = tile_grid(*logits.shape(), lse)
-    scratch = grid.buffer(lse)
-    operands = scratch if scratch.dtype == hidden.dtype else grid.buffer(hidden)
-    tiles = TileCache(cache, grid, hidden.dtype, scratch.dtype)
-    # Cached tiles have their slope in them, all but the label's.
-    label_gradients = label_coefficients * transform.slope(logps + lse if len(logps) else lse)
-    for columns in grid.column_blocks():
-        weight_total = _total(weight_gradient, columns, lse.dtype)
-        bias_total = _total(bias_gradient, columns, lse.dtype)
-        for rows in grid.row_blocks():
-            gradient = carve(operands, rows.stop - rows.start, columns.stop - columns.start)
-            row_labels = logits.labels_of(rows)
-            kept = tiles.tile(rows, columns)
-            if kept is None:
-                gradient_tile(
-                    logits.project(rows, columns, scratch),
-                    row_labels, columns.start, transform, lse[rows],
-                    probability_coefficients[rows], label_coefficients[rows], gradient,
-                )  # fmt: skip
-            else:
-                scale = probability_coefficients[rows] * torch.exp(kept.maximum - lse[rows])
-                torch.mul(kept.exponentials, scale.unsqueeze(1), out=gradient)
-                if row_labels is not None:
-                    write_at_labels(gradient, row_labels, columns.start, label_gradients[rows])
+    sums = given.reference
+    grid = grid_by_columns(*logits.shape(), sums)
+    hidden, weight = logits.hidden_of(slice(0, grid.rows)), logits.weight
+    scratch = grid.tile_buffer(sums)
+    buffer = scratch
+    if not grid.is_in_place() or hidden.dtype != sums.dtype:
+        buffer = grid.operand_buffer(hidden)
+    tiles = KeptTiles(cache, grid, hidden.dtype, sums.dtype)
+    # A product rounds once: if it is the whole sum, it may have the narrow dtype of the weight.
+    at_once = (sums.dtype, hidden.dtype) if grid.stretch_rows >= grid.rows else (sums.dtype,)
+    for columns in grid.column_stretches():
+        weight_total = _total(weight_gradient, columns, at_once)
+        bias_total = _total(bias_gradient, columns, (sums.dtype,))
+        for rows in grid.row_stretches():
+            gradient = carve(buffer, rows.stop - rows.start, columns.stop - columns.start)
+            _fill(gradient, logits, hidden, given, tiles, rows, columns, scratch)
             if hidden_gradient is not None:
-                multiply(gradient, weight[columns], hidden_gradient[rows], add=columns.start > 0)
+                total = hidden_gradient[rows]
+                multiply(gradient, weight[columns], total, add=columns.start > 0)
             if weight_total is not None:
                 multiply(gradient.T, hidden[rows], weight_total, add=rows.start > 0)
             if bias_total is not None:
-                summed = gradient.sum(0, dtype=lse.dtype)
+                summed = gradient.sum(0, dtype=sums.dtype)
                 bias_total.copy_(summed) if rows.start == 0 else bias_total.add_(summed)
-        if weight_gradient is not None and weight_total is not None:
-            weight_gradient[columns] = weight_total
-        if bias_gradient is not None and bias_total is not None:
-            bias_gradient[columns] = bias_total
+        _write(weight_gradient, columns, weight_total)
+        _write(bias_gradient, columns, bias_total)
 
 
-def _total(gradient: Tensor | None, columns: slice, dtype: torch.dtype) -> Tensor | None:
-    """Where one stretch of a gradient is summed: in place where its dtype is that of sums."""
-    if gradient is None or gradient.dtype == dtype:
+def _fill(
+    gradient: Tensor,  # (k, w) in the dtype of products, written
+    logits: Logits,
+    hidden: Tensor,  # (n, H) of all rows
+    given: LogitGradients,
+    tiles: KeptTiles,
+    stretch: slice,  # of rows
+    stretch_columns: slice,
+    scratch: Tensor,
+) -> None:
+    """Gradients of some rows' projections on some columns, from kept tiles or computed again."""
+    gradient_tile = tile_functions(logits.hidden).gradient_tile
+    for columns in tiles.grid.column_blocks(stretch_columns):
+        kept = tiles.tile(columns)
+        across = slice(columns.start - stretch_columns.start, columns.stop - stretch_columns.start)
+        for rows in tiles.grid.row_blocks(stretch):
+            out = gradient[rows.start - stretch.start : rows.stop - stretch.start, across]
+            labels = logits.labels_of(rows)
+            reference, coefficients, of_labels = (one[rows] for one in given)
+            if kept is None:
+                gradient_tile(
+                    logits.project(hidden[rows], columns, scratch), labels, columns.start,
+                    logits.transform, reference, coefficients, of_labels, out,
+                )  # fmt: skip
+                continue
+            scale = coefficients * torch.exp(kept.reference[rows] - reference)
+            torch.mul(kept.exponentials[rows], scale.unsqueeze(1), out=out)
+            if labels is not None:
+                write_at_labels(out, labels, columns.start, of_labels)
+
+
+def _total(
+    gradient: Tensor | None, columns: slice, dtypes: tuple[torch.dtype, ...]
+) -> Tensor | None:
+    """Where one stretch of a gradient is summed: in its place if it has one of ``dtypes``."""
+    if gradient is None or gradient.dtype in dtypes:
         return gradient if gradient is None else gradient[columns]
-    return torch.empty_like(gradient[columns], dtype=dtype)
+    return torch.empty_like(gradient[columns], dtype=dtypes[0])
+
+
+def _write(gradient: Tensor | None, columns: slice, total: Tensor | None) -> None:
+    """Put the sum of one stretch in its place, if it is not there already."""
+    if gradient is not None and total is not None and gradient.dtype != total.dtype:
+        gradient[columns] = total

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fastpref.checks import check_labels, check_scratch_bytes, check_shape
 from fastpref.ops.head import Head, prepare_head
-from fastpref.ops.linear_logps_op import linear_logps_op
+from fastpref.ops.linear_logps_op import Found, linear_logps_ops
 from fastpref.ops.operands import Operands
+
+# Of a trained head, as ``scratch_bytes=None`` has it: SmolLM2's exponentials of 4096 tokens fit.
+AUTOMATIC_SCRATCH_BYTES = 2**30
 
 
 class LogpsWithStats(NamedTuple):
@@ -30,7 +33,7 @@ def linear_logps(
     temperature: float = 1.0,
     ignore_index: int = -100,
     compact: bool = True,
-    scratch_bytes: int = 0,
+    scratch_bytes: int | None = None,
 ) -> Tensor:
     r"""Log-probabilities of ``labels`` under a language-model head, without the logits.
 
@@ -56,8 +59,9 @@ def linear_logps(
             device (CUDA graphs), projects every row, and answers NaN where a label is outside the
             vocabulary.
         scratch_bytes: Where the head trains, keep exponentials for the backward pass in at most so
-            many bytes instead of computing them again: down to three matrix products. What is
-            held is sized by all rows, labelled or not.
+            many bytes instead of computing them again: three matrix products where all fit. None
+            takes what the batch needs, up to 1 GiB; 0 keeps nothing. What is held is sized by all
+            rows, labelled or not.
 
     Returns:
         (...) log-probabilities in nats, float32 (float64 for float64 inputs), 0 where ignored.
@@ -88,14 +92,11 @@ def linear_logps_with_stats(
     temperature: float = 1.0,
     ignore_index: int = -100,
     compact: bool = True,
-    scratch_bytes: int = 0,
+    scratch_bytes: int | None = None,
 ) -> LogpsWithStats:
     r"""`linear_logps`, and what trainers log beside: logsumexp, entropy and top-1 accuracy.
 
     .. math:: H_t = -\sum_j p_{t,j} \log p_{t,j}, \qquad p_t = \mathrm{softmax}(z_t)
-
-    A loss that uses ``lse`` where the head is frozen computes the logits again in its backward
-    pass, four matrix products in all: what is kept is the Jacobian of the log-probabilities alone.
 
     Args:
         hidden: As in `linear_logps`, like all that follows.
@@ -104,7 +105,7 @@ def linear_logps_with_stats(
         temperature: Divides the logits.
         ignore_index: The label of positions to leave out.
         compact: Project labelled rows only.
-        scratch_bytes: Where the head trains, bytes for exponentials kept for backward.
+        scratch_bytes: Where the head trains, the most bytes to keep for backward; None chooses.
 
     Returns:
         `LogpsWithStats`, float32 (float64 for float64 inputs) and bool.
@@ -162,7 +163,7 @@ def call_head(
     temperature: float,
     ignore_index: int = -100,
     compact: bool = True,
-    scratch_bytes: int = 0,
+    scratch_bytes: int | None = None,
     stats: bool = False,
 ) -> LogpsWithStats:
     """Check and cast the arguments, run the operator; what is not wanted comes back empty."""
@@ -174,16 +175,20 @@ def call_head(
     rows, weight, bias, transform, shard = ready = prepare_head(
         hidden, head, temperature, ignore_index, compact
     )
-    operands = (rows, weight, bias, labels, *transform, ignore_index, compact)
+    operands = Operands(rows, weight, bias, labels, *transform, ignore_index, compact)
     wants_gradient = torch.is_grad_enabled()
+    if scratch_bytes is None:
+        scratch_bytes = AUTOMATIC_SCRATCH_BYTES
     scratch_bytes = scratch_bytes if wants_gradient and ready.trains() else 0
     if shard is None:
         jacobian = wants_gradient and rows.requires_grad and not ready.trains()
-        logps, lse, _, numbers, _ = linear_logps_op(*operands, jacobian, stats, scratch_bytes)
+        op = linear_logps_ops.of(operands)
+        found = Found(*op(*operands, jacobian, stats, scratch_bytes))
+        logps, lse, numbers = found.logps, found.lse, found.stats
     else:
         from fastpref.parallel.vocab_shard import sharded_logps
 
-        logps, lse, numbers = sharded_logps(Operands(*operands), shard, stats, scratch_bytes)
+        logps, lse, numbers = sharded_logps(operands, shard, stats, scratch_bytes)
     shape = hidden.shape[:-1]
     values = lse.view(shape) if temperature == 1 else lse.view(shape) * transform.temperature
     if labels is None:
@@ -192,6 +197,7 @@ def call_head(
     if not stats:
         return LogpsWithStats(logps, values, numbers, numbers)
     entropy, maximum, target_logit = numbers.view(*shape, 3).unbind(-1)
+    entropy = entropy.masked_fill(target_logit.isnan(), torch.nan)
     ignored = labels.view(shape) == ignore_index
     is_top1 = (target_logit >= maximum) & ~ignored
     return LogpsWithStats(logps, values, entropy.masked_fill(ignored, 0), is_top1)

@@ -1,4 +1,4 @@
-"""The custom operator under `linear_logps` and `linear_logsumexp`: schema, fakes and autograd.
+"""The custom operators under `linear_logps` and `linear_logsumexp`: schema, fakes and autograd.
 
 Below autograd nobody can see ``requires_grad``, so the callers say with ``jacobian`` whether the
 hidden states alone need a gradient.
@@ -6,126 +6,155 @@ hidden states alone need a gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import jacobian_dtype, operand_dtype, statistics_dtype, uses_triton
-from fastpref.ops.backward import gradients
-from fastpref.ops.forward import statistics, statistics_and_jacobian, statistics_by_kernel
-from fastpref.ops.operands import SCHEMA, Operands, spread, take
-from fastpref.ops.tiling import TileCache, tile_grid
+from fastpref.ops.backend import operand_dtype, statistics_dtype, uses_triton
+from fastpref.ops.backward import LogitGradients, gradients
+from fastpref.ops.forward import read_by_kernel, read_by_tiles, read_with_jacobian
+from fastpref.ops.operands import SCHEMA, Operands, register, spread, take
+from fastpref.ops.running import Running
+from fastpref.ops.tiling import bytes_of_all_tiles
+
+
+class Found(NamedTuple):
+    """What the operator returns; what is not wanted is empty or has no columns.
+
+    The stats are entropy, the largest logit and the label's, 0 in rows that are ignored.
+    All below the stats is for the backward pass, and held by nobody else: whoever writes into the
+    log-probabilities spoils no gradient.
+    """
+
+    logps: Tensor  # (N,), with labels
+    lse: Tensor  # (N,)
+    jacobian: Tensor  # (N, H), with ``jacobian``
+    stats: Tensor  # (N, 3), with ``stats``
+    running: Tensor  # (3, N), the fields of `Running`; of the first n, if n rows are read
+    rows: Tensor  # (N,) int64, which rows these are, if labels are chosen
+    n_rows: Tensor  # (1,) int64 on the host: n, if labels are chosen
+    cache: Tensor  # uint8, with ``scratch_bytes``
 
 
 def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
-    """Log-probabilities (N,), logsumexp (N,), Jacobian (N, H), stats (N, 3), kept tiles (flat).
-
-    The stats are entropy, the largest logit and the label's, 0 in rows that ``compact`` leaves out.
-    What is not wanted is empty or has no columns: log-probabilities without ``labels``, the
-    Jacobian without ``jacobian``, the stats without ``stats``, the tiles without ``scratch_bytes``.
-    """
+    """Log-probabilities, logsumexp and what else is wanted: `Found`."""
     operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
-    rows, count = operands.rows(), operands.hidden.shape[0]
-    if operands.count(rows) == 0:
-        return tuple(output.zero_() for output in _outputs(*arguments))
-    cache = _cache(operands, scratch_bytes)
-    jacobian = _jacobian(operands.hidden, operands.count(rows), 0)
+    found, count = Found(*_outputs(*arguments)), operands.hidden.shape[0]
+    rows = operands.rows()
+    read = operands.count(rows)
+    if operands.compacts():
+        found.n_rows.fill_(read)
+        found.rows.zero_()
+        if rows is not None:
+            found.rows[:read] = rows
+    if read == 0:
+        return tuple(one if one is found.n_rows else one.zero_() for one in found)
+
+    operands, ignored = operands.without_ignored()
     if wants_jacobian:
-        found, jacobian = statistics_and_jacobian(operands.logits(rows), stats=wants_stats)
-    elif uses_triton(operands.hidden) and not scratch_bytes:
-        found = statistics_by_kernel(operands, rows, stats=wants_stats)
+        if rows is not None:
+            found.jacobian.zero_()
+        running, stats = read_with_jacobian(
+            operands.logits(rows), found.jacobian, stats=wants_stats
+        )
+    elif uses_triton(operands.hidden) and operands.hidden.itemsize == 2 and not scratch_bytes:
+        running, stats = read_by_kernel(operands, rows, stats=wants_stats)
     else:
-        found = statistics(operands.logits(rows), cache=cache, stats=wants_stats)
+        # Products of float32 are cuBLAS's, which knows whether TF32 is allowed.
+        running, stats = read_by_tiles(operands.logits(rows), cache=found.cache, stats=wants_stats)
 
-    logps, lse, stats = found
-    if operands.labels is not None and not operands.compact:
-        ignored = operands.labels == operands.ignore_index
+    found.running.zero_()
+    found.running[:, :read] = running
+    state = Running.of(running)
+    lse, logps = state.lse(), found.logps
+    if operands.labels is not None:
+        logps = state.logps()
+    if ignored is not None:
         logps, lse = logps.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
-        jacobian.masked_fill_(ignored.unsqueeze(1), 0)
-    return *(spread(one, rows, count) for one in (logps, lse, jacobian, stats)), cache
+        found.running.masked_fill_(ignored, 0)
+        stats = stats.masked_fill(ignored.unsqueeze(1), 0)
+        if wants_jacobian:
+            found.jacobian.masked_fill_(ignored.unsqueeze(1), 0)
+    logps, lse, stats = (spread(one, rows, count) for one in (logps, lse, stats))
+    return tuple(found._replace(logps=logps, lse=lse, stats=stats))
 
 
-linear_logps_op = torch.library.custom_op(
-    "fastpref::linear_logps",
-    logps_and_more,
-    mutates_args=(),
-    schema=f"({SCHEMA}, bool jacobian, bool stats, int scratch_bytes)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@linear_logps_op.register_fake
 def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
     operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
     hidden = operands.hidden
     (count, width), dtype = hidden.shape, statistics_dtype(hidden.dtype)
-    return (
+    chosen = operands.compacts()
+    return Found(
         hidden.new_empty(0 if operands.labels is None else count, dtype=dtype),
         hidden.new_empty(count, dtype=dtype),
-        _jacobian(hidden, count, width if wants_jacobian else 0),
+        # Wide, so that a gradient is rounded once, after the product with the incoming one: in
+        # float16 only the loss scale that comes with that one lifts 1 - p of a certain token.
+        hidden.new_empty(count, width if wants_jacobian else 0, dtype=dtype),
         hidden.new_empty(count, 3 if wants_stats else 0, dtype=dtype),
-        _cache(operands, scratch_bytes),
+        hidden.new_empty(3, count, dtype=dtype),
+        hidden.new_empty(count if chosen else 0, dtype=torch.int64),
+        hidden.new_empty(int(chosen), dtype=torch.int64, device="cpu" if chosen else hidden.device),
+        hidden.new_empty(_cache_bytes(operands, scratch_bytes), dtype=torch.uint8),
     )
+
+
+def _cache_bytes(operands: Operands, scratch_bytes: int) -> int:
+    if not scratch_bytes:
+        return 0
+    hidden, dtype = operands.hidden, statistics_dtype(operands.hidden.dtype)
+    sizes = (hidden.shape[0], operands.weight.shape[0])
+    everything = bytes_of_all_tiles(*sizes, operand_dtype(hidden), dtype)
+    # Not min, which would compile anew for a length on the other side.
+    size: int = torch.sym_min(scratch_bytes, everything)  # type: ignore[no-untyped-call]  # its own
+    return size
+
+
+linear_logps_ops = register(
+    "linear_logps",
+    logps_and_more,
+    _outputs,
+    f"({SCHEMA}, bool jacobian, bool stats, int scratch_bytes)"
+    f" -> ({', '.join(['Tensor'] * len(Found._fields))})",
+)
 
 
 def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not wanted."""
     operands, more = Operands.split(arguments)
-    logps_gradient, lse_gradient, logps, lse, cache, wants_hidden, wants_weight, wants_bias = more
-    rows = operands.rows()
+    from_logps, from_lse, running, rows, n_rows, cache, wants_hidden, *wants_head = more
+    rows = rows_read(operands, rows, n_rows)
     if operands.count(rows) == 0:
         return tuple(gradient.zero_() for gradient in _gradients(*arguments))
 
-    lse = take(lse, rows)
-    from_lse = _incoming(lse_gradient, rows, lse)
-    probability_coefficients, label_coefficients = from_lse, torch.zeros_like(from_lse)
-    if operands.labels is not None:
-        logps = take(logps, rows)
-        from_logps = _incoming(logps_gradient, rows, lse)
-        ignored = None
-        if not operands.compact:
-            ignored = operands.labels == operands.ignore_index
-            from_lse, from_logps = (one.masked_fill(ignored, 0) for one in (from_lse, from_logps))
-        probability_coefficients = from_lse - from_logps
-        label_coefficients = from_lse * logps.exp() - from_logps * torch.expm1(logps)
-        if ignored is not None:
-            # Their coefficients are 0, which an exponential that overflows would make NaN. With
-            # these every exponential is 0, and the label's logit, the sum of both, is finite.
-            greatest = torch.finfo(lse.dtype).max
-            lse, logps = lse.masked_fill(ignored, greatest), logps.masked_fill(ignored, -greatest)
-    # The hidden states' gradient has no room among all rows before that of labelled ones is known.
+    operands, ignored = operands.without_ignored()
+    state = Running.of(running[:, : operands.count(rows)])
+    shares, slope = state.shares(), operands.transform().slope(state.target_logit)
+    from_lse = _incoming(from_lse, rows, slope)
+    from_logps = _incoming(None if operands.labels is None else from_logps, rows, slope)
+    coefficients = (from_lse - from_logps) * shares.unit * operands.transform().factor
+    of_labels = (from_lse * shares.label + from_logps * shares.others) * slope
+    if ignored is not None:
+        coefficients, of_labels = (one.masked_fill(ignored, 0) for one in (coefficients, of_labels))
+    # The hidden states' gradient has no room among all rows before that of those read is known.
     hidden_gradient, weight_gradient, bias_gradient = _gradients(
-        *arguments[:-3], False, wants_weight, wants_bias
+        *arguments[:-3], False, *wants_head
     )
-    total = lse.new_empty(len(lse), operands.hidden.shape[1]) if wants_hidden else None
+    width = operands.hidden.shape[1]
+    total = slope.new_empty(len(slope), width) if wants_hidden else None
     gradients(
         operands.logits(rows),
-        logps,
-        lse,
-        probability_coefficients,
-        label_coefficients,
+        LogitGradients(state.reference, coefficients, of_labels),
         cache=cache,
         hidden_gradient=total,
-        weight_gradient=weight_gradient if wants_weight else None,
-        bias_gradient=bias_gradient if wants_bias else None,
+        weight_gradient=weight_gradient if wants_head[0] else None,
+        bias_gradient=bias_gradient if wants_head[1] else None,
     )
     if total is not None:
         hidden_gradient = spread(total.to(operands.hidden.dtype), rows, operands.hidden.shape[0])
     return hidden_gradient, weight_gradient, bias_gradient
 
 
-linear_logps_backward_op = torch.library.custom_op(
-    "fastpref::linear_logps_backward",
-    gradients_of_operands,
-    mutates_args=(),
-    schema=f"({SCHEMA}, Tensor? logps_gradient, Tensor? lse_gradient, Tensor logps, Tensor lse, "
-    "Tensor cache, bool wants_hidden, bool wants_weight, bool wants_bias)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-
-@linear_logps_backward_op.register_fake
 def _gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, wants_hidden, wants_weight, wants_bias = more
     return (
@@ -135,69 +164,97 @@ def _gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tens
     )
 
 
-@torch.library.custom_op("fastpref::scaled_jacobian", mutates_args=())
-def scaled_jacobian_op(gradient: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of hidden (N, H) from that of the log-probabilities (N,) and their Jacobian (N, H).
+LEFT_FOR_BACKWARD = (
+    "Tensor? logps_gradient, Tensor? lse_gradient, Tensor running, Tensor rows, Tensor n_rows"
+)
+linear_logps_backward_ops = register(
+    "linear_logps_backward",
+    gradients_of_operands,
+    _gradients,
+    f"({SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor cache, "
+    "bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
+)
 
-    It is rounded to ``dtype`` once, after the product: a float16 gradient is often within range
-    only by the loss scale that arrives with ``gradient``.
+
+def gradient_by_jacobian(*arguments: Any) -> Tensor:
+    """Gradient of hidden (N, H) from the Jacobian (N, H) of the log-probabilities.
+
+    Without labels the Jacobian is that of the logsumexp, which else is the label's logit less its
+    log-probability.
 
     An operator without a derivative of its own: the Jacobian depends on the hidden states, so what
     autograd would make of a second derivative here is wrong, and it says so instead.
     """
-    scaled = torch.empty_like(jacobian, dtype=dtype)
-    return torch.mul(gradient.unsqueeze(1), jacobian, out=scaled)
+    operands, (from_logps, from_lse, running, rows, n_rows, jacobian) = Operands.split(arguments)
+    hidden, labels = operands.hidden, operands.labels
+    gradient = torch.empty_like(jacobian, dtype=hidden.dtype)
+    if labels is None or from_lse is None:
+        coefficients = from_lse if labels is None else from_logps
+        return torch.mul(coefficients.unsqueeze(1), jacobian, out=gradient)
+    operands, ignored = operands.without_ignored()
+    rows = rows_read(operands, rows, n_rows)
+    coefficients = -from_lse if from_logps is None else from_logps - from_lse
+    total = jacobian * coefficients.unsqueeze(1)
+    target_logit = running[2, : operands.count(rows)]
+    of_labels = _incoming(from_lse, rows, target_logit) * operands.transform().slope(target_logit)
+    if ignored is not None:
+        of_labels = of_labels.masked_fill(ignored, 0)
+    label_rows = operands.logits(rows).weight_of_labels(slice(None))
+    part = label_rows.to(total.dtype).mul_(of_labels.unsqueeze(1))
+    total = total.add_(part) if rows is None else total.index_add_(0, rows, part)
+    return gradient.copy_(total)
 
 
-@scaled_jacobian_op.register_fake
-def _(gradient: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(jacobian, dtype=dtype)
+def _hidden_gradient(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+gradient_by_jacobian_ops = register(
+    "linear_logps_gradient_by_jacobian",
+    gradient_by_jacobian,
+    _hidden_gradient,
+    f"({SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor jacobian) -> Tensor",
+)
+
+
+def rows_read(operands: Operands, rows: Tensor, n_rows: Tensor) -> Tensor | None:
+    """The rows (n,) that the forward pass read, without a wait for the device; None for all."""
+    if not operands.compacts():
+        return None
+    read = int(n_rows)
+    return None if read == len(rows) else rows[:read]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     operands, _ = Operands.split(inputs)
-    logps, lse, *others = output
-    ctx.mark_non_differentiable(*others)
+    found = Found(*output)
+    ctx.mark_non_differentiable(*found[2:])
     ctx.set_materialize_grads(False)
     ctx.options = operands[4:]
-    jacobian, _, cache = others
-    ctx.save_for_backward(*operands[:4], logps, lse, jacobian, cache)
+    ctx.save_for_backward(
+        *operands[:4], found.running, found.rows, found.n_rows, found.cache, found.jacobian
+    )
 
 
 def _backward(
-    ctx: Any, logps_gradient: Tensor | None, lse_gradient: Tensor | None, *_: None
+    ctx: Any, from_logps: Tensor | None, from_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, labels, logps, lse, jacobian, cache = ctx.saved_tensors
+    if from_logps is None and from_lse is None:
+        return (None,) * len(ctx.needs_input_grad)
+    hidden, weight, bias, labels, running, rows, n_rows, cache, jacobian = ctx.saved_tensors
+    operands = Operands(hidden, weight, bias, labels, *ctx.options)
+    left = (from_logps, from_lse, running, rows, n_rows)
     wanted = ctx.needs_input_grad[:3]
     nothing = (None,) * (len(ctx.needs_input_grad) - 3)
-    # The Jacobian is that of the log-probabilities, or without labels of the logsumexp.
-    own, other = logps_gradient, lse_gradient
-    if labels is None:
-        own, other = other, own
-    if jacobian.numel() and own is not None and other is None:
-        return scaled_jacobian_op(own, jacobian, hidden.dtype), None, None, *nothing
-    found = linear_logps_backward_op(
-        hidden, weight, bias, labels, *ctx.options,
-        logps_gradient, lse_gradient, logps, lse, cache, *wanted,
-    )  # fmt: skip
+    if jacobian.numel():
+        op = gradient_by_jacobian_ops.of(operands)
+        return op(*operands, *left, jacobian), None, None, *nothing
+    found = linear_logps_backward_ops.of(operands)(*operands, *left, cache, *wanted)
     return *(one if want else None for one, want in zip(found, wanted, strict=True)), *nothing
 
 
-linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _jacobian(hidden: Tensor, count: int, width: int) -> Tensor:
-    return hidden.new_empty(count, width, dtype=jacobian_dtype(hidden.dtype))
-
-
-def _cache(operands: Operands, scratch_bytes: int) -> Tensor:
-    hidden = operands.hidden
-    if not scratch_bytes or not hidden.shape[0]:
-        return hidden.new_empty(0, dtype=torch.uint8)
-    numbers = hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype))
-    grid = tile_grid(hidden.shape[0], operands.weight.shape[0], numbers)
-    everything = TileCache(hidden, grid, operand_dtype(hidden), numbers.dtype).bytes_of_all()
-    return hidden.new_empty(min(scratch_bytes, everything), dtype=torch.uint8)
+for op in linear_logps_ops:
+    op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _incoming(gradient: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:

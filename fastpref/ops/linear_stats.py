@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastpref.checks import check_labels, check_shape, refuse
 from fastpref.ops.head import Head, prepare_head
-from fastpref.ops.linear_stats_op import Partial, linear_stats_op
+from fastpref.ops.linear_stats_op import Partial, linear_stats_ops
+from fastpref.ops.operands import Operands
 
 Statistic = Literal[
     "logsumexp",
@@ -122,14 +123,10 @@ def linear_stats(
         refuse("head", "one that is not sharded over the vocabulary", "one that is")
     _refuse_gradients(rows, weight, bias)
 
-    numbers, target_logit = linear_stats_op(
-        rows,
-        weight,
-        bias,
-        None if labels is None else labels.reshape(-1),
-        *transform,
-        ignore_index,
-        compact,
+    flat = None if labels is None else labels.reshape(-1)
+    operands = Operands(rows, weight, bias, flat, *transform, ignore_index, compact)
+    numbers, target_logit = linear_stats_ops.of(operands)(
+        *operands,
         "margin" in stats,
         "expected_logit" in stats or "entropy" in stats,
         "log_sum_squared_probs" in stats,

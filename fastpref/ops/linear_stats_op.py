@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastpref.ops.backend import statistics_dtype, uses_triton
-from fastpref.ops.operands import SCHEMA, Logits, Operands, spread
-from fastpref.ops.tiling import tile_grid
+from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread
+from fastpref.ops.tiling import grid_by_columns
 from fastpref.ops.torch_tiles import label_columns, largest
 
 
@@ -84,12 +84,7 @@ def merge(parts: Partial) -> Partial:
     )
 
 
-@torch.library.custom_op(
-    "fastpref::linear_stats",
-    mutates_args=(),
-    schema=f"({SCHEMA}, bool second, bool shortfall, bool squares) -> (Tensor, Tensor)",
-)
-def linear_stats_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+def stats_of_operands(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The numbers (N, 5) of a `Partial` of the whole vocabulary, and the labels' logits (N,).
 
     Without ``labels`` there are no labels' logits: (0,). Rows that ``compact`` leaves out are 0.
@@ -105,7 +100,6 @@ def linear_stats_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     return spread(torch.stack(found, dim=1), rows, count), target_logit
 
 
-@linear_stats_op.register_fake
 def _outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
     hidden, _, _, labels, *_ = arguments
     dtype, count = statistics_dtype(hidden.dtype), hidden.shape[0]
@@ -113,6 +107,14 @@ def _outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
         hidden.new_empty((count, len(Partial._fields)), dtype=dtype),
         hidden.new_empty(0 if labels is None else count, dtype=dtype),
     )
+
+
+linear_stats_ops = register(
+    "linear_stats",
+    stats_of_operands,
+    _outputs,
+    f"({SCHEMA}, bool second, bool shortfall, bool squares) -> (Tensor, Tensor)",
+)
 
 
 def partial_of_rows(operands: Operands, rows: Tensor | None, sums: Sums) -> tuple[Partial, Tensor]:
@@ -129,16 +131,15 @@ def _partial(logits: Logits, sums: Sums) -> tuple[Partial, Tensor]:
     """The same in PyTorch, tile by tile."""
     count, vocab_size = logits.shape()
     scratch = logits.hidden.new_empty(0, dtype=statistics_dtype(logits.hidden.dtype))
-    grid = tile_grid(count, vocab_size, scratch)
-    scratch = grid.buffer(scratch)
+    grid = grid_by_columns(count, vocab_size, scratch)
+    scratch = grid.tile_buffer(scratch)
     numbers = scratch.new_empty(len(Partial._fields), count)
     target_logit = scratch.new_full((0 if logits.labels is None else count,), math.nan)
-    logits = logits.in_dtype_of_products()
     for rows in grid.row_blocks():
         running = numbers[:, rows]
-        labels = logits.labels_of(rows)
+        labels, hidden = logits.labels_of(rows), logits.hidden_of(rows)
         for columns in grid.column_blocks():
-            tile = logits.transform.apply_(logits.project(rows, columns, scratch))
+            tile = logits.transform.apply_(logits.project(hidden, columns, scratch))
             if labels is not None:
                 column, inside = label_columns(labels, columns.start, tile.shape[1])
                 at_label = tile.gather(1, column).squeeze(1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.library import custom_op
 
 from fastpref.ops.backend import multiply, operand_dtype
 from fastpref.ops.tiling import carve
@@ -18,10 +21,44 @@ SCHEMA = (
 )
 
 
+class OperatorPair(NamedTuple):
+    """One operator under two names, because what it does about the host depends on its arguments.
+
+    A CUDA graph can hold the first. The second waits for a number of rows, and carries the tag by
+    which ``torch.compile(mode="reduce-overhead")`` leaves it out of graphs.
+    """
+
+    of_all_rows: CustomOpDef
+    of_labelled_rows: CustomOpDef
+
+    def of(self, operands: Operands) -> CustomOpDef:
+        """The one for these operands."""
+        return self.of_labelled_rows if operands.compacts() else self.of_all_rows
+
+
+def register(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], schema: str
+) -> OperatorPair:
+    """Register ``function`` as an operator that begins with `Operands`."""
+    pair = OperatorPair(
+        custom_op(f"fastpref::{name}", function, mutates_args=(), schema=schema),
+        custom_op(
+            f"fastpref::{name}_of_labelled_rows", function, mutates_args=(), schema=schema,
+            tags=(torch.Tag.cudagraph_unsafe,),
+        ),
+    )  # fmt: skip
+    for op in pair:
+        op.register_fake(fake)
+    return pair
+
+NO_LABEL = -1  # of a row that is projected without one
+
+
 class Logits(NamedTuple):
     """Logits (n, V) that are computed tile by tile, and never held."""
 
-    hidden: Tensor  # (n, H)
+    hidden: Tensor  # (N, H)
+    rows: Tensor | None  # (n,) int64, which of them; None for all
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     labels: Tensor | None  # (n,) int64
@@ -29,26 +66,33 @@ class Logits(NamedTuple):
 
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return self.hidden.shape[0], self.weight.shape[0]
+        hidden = self.hidden if self.rows is None else self.rows
+        return hidden.shape[0], self.weight.shape[0]
 
-    def in_dtype_of_products(self) -> Logits:
-        """The same with hidden states as `multiply` takes them."""
-        return self._replace(hidden=self.hidden.to(operand_dtype(self.hidden)))
+    def hidden_of(self, rows: slice) -> Tensor:
+        """Hidden states of some of the rows, as `multiply` takes them."""
+        hidden = self.hidden[rows] if self.rows is None else take(self.hidden, self.rows[rows])
+        return hidden.to(operand_dtype(hidden))
 
     def project(
         self,
-        rows: slice,
+        hidden: Tensor,  # (k, H) as `hidden_of` gives it
         columns: slice,
         scratch: Tensor,  # flat, overwritten
     ) -> Tensor:  # a view of scratch
         """One tile of ``hidden @ weight.T + bias``, not transformed."""
-        tile = carve(scratch, rows.stop - rows.start, columns.stop - columns.start)
-        multiply(self.hidden[rows], self.weight[columns].T, tile)
+        tile = carve(scratch, hidden.shape[0], columns.stop - columns.start)
+        multiply(hidden, self.weight[columns].T, tile)
         return tile if self.bias is None else tile.add_(self.bias[columns])
 
     def labels_of(self, rows: slice) -> Tensor | None:
         """Labels of one tile's rows."""
         return None if self.labels is None else self.labels[rows]
+
+    def weight_of_labels(self, rows: slice) -> Tensor:
+        """Rows (k, H) of the weight; of any token for a label outside the vocabulary."""
+        assert self.labels is not None
+        return take(self.weight, self.labels[rows].clamp(0, self.weight.shape[0] - 1))
 
 
 class Operands(NamedTuple):
@@ -74,11 +118,27 @@ class Operands(NamedTuple):
         """What happens to the projections."""
         return LogitTransform(self.temperature, self.logit_scale, self.softcap)
 
+    def compacts(self) -> bool:
+        """Whether labelled rows alone are projected, for which the host reads their number."""
+        return self.compact and self.labels is not None
+
     def rows(self) -> Tensor | None:
         """Indices (n,) of the rows to project; None for all of them."""
         if self.labels is None or not self.compact:
             return None
         return labelled_rows(self.labels, self.weight.shape[0], self.ignore_index)
+
+    def without_ignored(self) -> tuple[Operands, Tensor | None]:
+        """The same with nothing in rows that are projected for nothing, and which these are (N,).
+
+        What an ignored row holds, NaN perhaps, then reaches no sum over rows.
+        """
+        if self.labels is None or self.compact:
+            return self, None
+        ignored = self.labels == self.ignore_index
+        hidden = self.hidden.masked_fill(ignored.unsqueeze(1), 0)
+        labels = self.labels.masked_fill(ignored, NO_LABEL)
+        return self._replace(hidden=hidden, labels=labels), ignored
 
     def count(self, rows: Tensor | None) -> int:
         """How many ``rows`` are."""
@@ -90,8 +150,8 @@ class Operands(NamedTuple):
 
     def logits(self, rows: Tensor | None) -> Logits:
         """The logits of ``rows``."""
-        labels, hidden = self.chosen_labels(rows), take(self.hidden, rows)
-        return Logits(hidden, self.weight, self.bias, labels, self.transform())
+        labels = self.chosen_labels(rows)
+        return Logits(self.hidden, rows, self.weight, self.bias, labels, self.transform())
 
     def for_kernel(
         self, rows: Tensor | None

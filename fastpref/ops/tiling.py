@@ -14,94 +14,191 @@ ROWS_PER_TILE = 4096
 # enough work to fill the device.
 CPU_TILE_BYTES = 12 * 2**20
 ACCELERATOR_TILE_BYTES = 64 * 2**20
+# On a GPU several tiles are the operand of one second product, which the more columns it sums over
+# the more seldom reads and writes what it adds to.
+ACCELERATOR_OPERAND_BYTES = 128 * 2**20
 COLUMN_MULTIPLE = 128
+FEWEST_COLUMNS = 384  # of a tile, but for the last one
 ALIGNMENT = 16  # bytes: every view of kept tiles starts where vector loads can
+# GPU products want rows of whole 16 bytes; the rest of the vocabulary is a tile of its own.
+VECTOR_COLUMNS = 8
+# A GPU computes blocks of so many rows and columns of a product at once, one a multiprocessor.
+BLOCK_ROWS, BLOCK_COLUMNS = 128, 256
+FULL_ENOUGH = 0.9  # of the multiprocessors, on average until the last is done
 
 
 class Tiling(NamedTuple):
-    """A grid over ``rows`` x ``vocab_size`` projections."""
+    """A grid over ``rows`` x ``vocab_size`` projections.
+
+    Tiles come from one product each. A stretch of rows and a stretch of columns, of one tile or
+    several, is the operand of one second product.
+    """
 
     rows: int
     vocab_size: int
     row_step: int
     column_step: int
+    tiles_across: int  # of a stretch of columns
+    stretch_rows: int  # a multiple of row_step, or all rows
+    tail: int  # columns at the end of the vocabulary that are a stretch of their own
 
-    def row_blocks(self) -> Iterator[slice]:
-        """Stretches of rows, in order."""
-        return _blocks(self.rows, self.row_step)
+    def is_in_place(self) -> bool:
+        """Whether one tile is all of the operand of one second product."""
+        return self.tiles_across == 1 and self.stretch_rows == self.row_step
 
-    def column_blocks(self) -> Iterator[slice]:
-        """Stretches of the vocabulary, in order."""
-        return _blocks(self.vocab_size, self.column_step)
+    def row_stretches(self) -> Iterator[slice]:
+        """Rows of one second product after another, in order."""
+        return _blocks(0, self.rows, self.stretch_rows)
 
-    def buffer(self, like: Tensor) -> Tensor:
+    def row_blocks(self, stretch: slice | None = None) -> Iterator[slice]:
+        """Rows of one tile after another, of a stretch or of all rows."""
+        start, stop = (0, self.rows) if stretch is None else (stretch.start, stretch.stop)
+        return _blocks(start, stop, self.row_step)
+
+    def column_stretches(self) -> Iterator[slice]:
+        """Columns of one second product after another, in order."""
+        whole = self.vocab_size - self.tail
+        yield from _blocks(0, whole, self.column_step * self.tiles_across)
+        yield from _blocks(whole, self.vocab_size, VECTOR_COLUMNS)
+
+    def column_blocks(self, stretch: slice | None = None) -> Iterator[slice]:
+        """Columns of one tile after another, of a stretch or of the whole vocabulary."""
+        if stretch is not None:
+            return _blocks(stretch.start, stretch.stop, self.column_step)
+        return (block for one in self.column_stretches() for block in self.column_blocks(one))
+
+    def tile_buffer(self, like: Tensor) -> Tensor:
         """Memory for the largest tile; `carve` gives it the shape of any."""
-        return like.new_empty(self.row_step * self.column_step)
+        return like.new_empty(self.row_step * _padded(self.column_step))
 
-    def column_tiles(self) -> int:
-        """Number of stretches of the vocabulary."""
-        return -(-self.vocab_size // self.column_step)
+    def operand_buffer(self, like: Tensor) -> Tensor:
+        """Memory for the largest operand of a second product."""
+        return like.new_empty(self.stretch_rows * _padded(self.column_step * self.tiles_across))
 
 
-def tile_grid(rows: int, vocab_size: int, like: Tensor) -> Tiling:
-    """Cut ``rows`` x ``vocab_size`` projections of the dtype and device of ``like`` into tiles."""
-    row_step = max(1, min(rows, ROWS_PER_TILE))
-    budget = CPU_TILE_BYTES if like.device.type == "cpu" else ACCELERATOR_TILE_BYTES
-    columns = budget // (row_step * like.dtype.itemsize) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
-    return Tiling(rows, vocab_size, row_step, min(vocab_size, max(columns, COLUMN_MULTIPLE)))
+def grid_by_rows(rows: int, hidden_size: int, vocab_size: int, like: Tensor) -> Tiling:
+    """For what is finished of some rows before the next ones begin: sums over the vocabulary.
+
+    On a GPU a second product has ``hidden_size`` columns; where these are few, it gets more rows.
+    """
+    if like.device.type == "cpu":
+        return _cpu_grid(rows, vocab_size, like)
+    step = ROWS_PER_TILE
+    while step < rows and _occupancy(step, hidden_size, like.device) < FULL_ENOUGH:
+        step *= 2
+    row_step = _even_step(rows, step)
+    columns = _columns(ACCELERATOR_TILE_BYTES, row_step, like.dtype.itemsize)
+    across = max(1, _columns(ACCELERATOR_OPERAND_BYTES, row_step, 2) // columns)
+    return _accelerator_grid(rows, vocab_size, row_step, columns, across, row_step)
+
+
+def grid_by_columns(rows: int, vocab_size: int, like: Tensor) -> Tiling:
+    """For what is finished of some columns before the next ones begin: the head's gradient."""
+    if like.device.type == "cpu":
+        return _cpu_grid(rows, vocab_size, like)
+    row_step = _even_step(rows, ROWS_PER_TILE)
+    stretch = max(_columns(ACCELERATOR_OPERAND_BYTES, rows, 2), 8 * COLUMN_MULTIPLE)
+    columns = min(stretch, _columns(ACCELERATOR_TILE_BYTES, row_step, like.dtype.itemsize))
+    return _accelerator_grid(rows, vocab_size, row_step, columns, stretch // columns, rows)
+
+
+def _cpu_grid(rows: int, vocab_size: int, like: Tensor) -> Tiling:
+    """One tile is the operand of one second product, and stays in the cache until then."""
+    row_step = _even_step(rows, ROWS_PER_TILE, multiple=1)
+    columns = min(vocab_size, _columns(CPU_TILE_BYTES, row_step, like.dtype.itemsize))
+    return Tiling(rows, vocab_size, row_step, columns, 1, row_step, tail=0)
+
+
+def _accelerator_grid(
+    rows: int, vocab_size: int, row_step: int, columns: int, across: int, stretch_rows: int
+) -> Tiling:
+    tail = vocab_size % VECTOR_COLUMNS
+    whole = max(vocab_size - tail, VECTOR_COLUMNS)
+    columns = min(columns, whole)
+    across = max(1, min(across, -(-whole // columns)))
+    return Tiling(rows, vocab_size, row_step, columns, across, max(1, stretch_rows), tail)
+
+
+def _columns(budget: int, rows: int, itemsize: int) -> int:
+    """How many columns of so many rows a budget of bytes holds, in whole multiples."""
+    return max(budget // (max(1, rows) * itemsize) // COLUMN_MULTIPLE, 1) * COLUMN_MULTIPLE
+
+
+def _even_step(rows: int, largest: int, multiple: int = COLUMN_MULTIPLE) -> int:
+    """The step that cuts rows into the fewest blocks, all alike: 4224 are not 4096 and 128."""
+    blocks = max(1, -(-rows // largest))
+    return max(1, min(rows, -(-rows // (blocks * multiple)) * multiple))
+
+
+def _occupancy(rows: int, columns: int, device: torch.device) -> float:
+    """Which part of the multiprocessors a product fills until its last blocks are done."""
+    blocks = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
+    waves = blocks / multiprocessors(device)
+    return waves / -(-blocks // multiprocessors(device))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 132, as on a Hopper, where nobody can say."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def carve(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    """A contiguous (rows, columns) view of the start of a flat buffer."""
-    return buffer[: rows * columns].view(rows, columns)
+    """A (rows, columns) view of the start of a flat buffer, its rows whole vectors apart."""
+    stride = _padded(columns)
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
-def _blocks(stop: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, stop)) for start in range(0, stop, step))
+def _padded(columns: int) -> int:
+    return -(-columns // VECTOR_COLUMNS) * VECTOR_COLUMNS
 
 
-class CachedTile(NamedTuple):
-    """One tile, relative to a maximum: its probabilities are ``exp(maximum - lse)`` times it."""
-
-    exponentials: Tensor  # (n, w) in the dtype of matrix products, times the slope; 0 at the label
-    maximum: Tensor  # (n,) in the dtype of statistics
+def _blocks(start: int, stop: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
-class TileCache(NamedTuple):
-    """A flat buffer of exponentials: of every row the same leading columns, in whole tiles."""
+class KeptTile(NamedTuple):
+    """The tile of all rows and some columns, relative to a reference that later tiles may raise."""
+
+    exponentials: Tensor  # (n, w) in the dtype of matrix products, damped; 0 at the label
+    reference: Tensor  # (n,) in the dtype of statistics
+
+
+class KeptTiles(NamedTuple):
+    """A flat buffer of tiles for the backward pass: as many as fit of the first columns."""
 
     buffer: Tensor  # uint8
     grid: Tiling
     operands: torch.dtype
     statistics: torch.dtype
 
-    def tile(self, rows: slice, columns: slice) -> CachedTile | None:
+    def tile(self, columns: slice) -> KeptTile | None:
         """The place of one tile, or None for a tile that does not fit."""
-        grid, count, width = self.grid, rows.stop - rows.start, columns.stop - columns.start
-        index = columns.start // grid.column_step
-        kept = min(grid.column_tiles(), self.buffer.numel() // self._bytes_of_column_tile())
-        if index >= kept:
+        index, rest = divmod(columns.start, self.grid.column_step)
+        width = columns.stop - columns.start
+        start = index * self._bytes_of(self.grid.column_step)
+        if rest or start + self._bytes_of(width) > self.buffer.numel():
             return None
-        start = rows.start // grid.row_step * kept * self._bytes_of_tile(grid.row_step)
-        start += index * self._bytes_of_tile(count)
-        exponentials = self._view(start, count * width, self.operands).view(count, width)
-        start += _aligned(count * grid.column_step * self.operands.itemsize)
-        return CachedTile(exponentials, self._view(start, count, self.statistics))
+        rows = self.grid.rows
+        end = start + rows * _padded(width) * self.operands.itemsize
+        exponentials = self.buffer[start:end].view(self.operands)
+        start = _aligned(end)
+        reference = self.buffer[start : start + rows * self.statistics.itemsize]
+        return KeptTile(carve(exponentials, rows, width), reference.view(self.statistics))
 
-    def bytes_of_all(self) -> int:
-        """What it takes to keep every tile."""
-        return self.grid.column_tiles() * self._bytes_of_column_tile()
+    def _bytes_of(self, width: int) -> int:
+        exponentials = self.grid.rows * _padded(width) * self.operands.itemsize
+        return _aligned(exponentials) + _aligned(self.grid.rows * self.statistics.itemsize)
 
-    def _bytes_of_column_tile(self) -> int:
-        full, rest = divmod(self.grid.rows, self.grid.row_step)
-        return full * self._bytes_of_tile(self.grid.row_step) + self._bytes_of_tile(rest)
 
-    def _bytes_of_tile(self, count: int) -> int:
-        exponentials = count * self.grid.column_step * self.operands.itemsize
-        return _aligned(exponentials) + _aligned(count * self.statistics.itemsize)
-
-    def _view(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        return self.buffer[start : start + count * dtype.itemsize].view(dtype)
+def bytes_of_all_tiles(
+    rows: int, vocab_size: int, operands: torch.dtype, statistics: torch.dtype
+) -> int:
+    """What it takes at most to keep every tile; ``rows`` may be symbolic."""
+    tiles = vocab_size // FEWEST_COLUMNS + 2
+    exponentials = rows * (vocab_size + tiles * VECTOR_COLUMNS) * operands.itemsize
+    return exponentials + tiles * (rows * statistics.itemsize + 2 * ALIGNMENT)
 
 
 def _aligned(size: int) -> int:

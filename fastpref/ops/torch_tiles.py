@@ -7,6 +7,7 @@ vocabulary. `fastpref.kernels.tiles` has the same two functions as Triton kernel
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,21 +29,39 @@ class LogitTransform(NamedTuple):
     def apply_(self, projection: Tensor) -> Tensor:
         """Turn ``projection`` (any shape, floating point) into logits in place."""
         if self.softcap is None:
-            scale = self.logit_scale / self.temperature
-            return projection if scale == 1.0 else projection.mul_(scale)
-        projection.mul_(self.logit_scale / self.softcap).tanh_()
-        return projection.mul_(self.softcap / self.temperature)
+            return projection if self.factor == 1.0 else projection.mul_(self.factor)
+        return self._tanh_(projection).mul_(self.softcap / self.temperature)
 
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the logits with respect to the projection, from the logits themselves.
-
-        A number where it is the same everywhere, else a new tensor of the shape of ``logits``.
-        """
-        scale = self.logit_scale / self.temperature
+    def apply_and_damp_(self, projection: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`apply_`, and the damping of a soft cap, None without one."""
         if self.softcap is None:
-            return scale
-        tanh = logits * (self.temperature / self.softcap)
-        return torch.addcmul(torch.full_like(tanh, scale), tanh, tanh, value=-scale)
+            return self.apply_(projection), None
+        tanh = self._tanh_(projection)
+        damping = _one_less_square(tanh)
+        return tanh.mul_(self.softcap / self.temperature), damping
+
+    def _tanh_(self, projection: Tensor) -> Tensor:
+        assert self.softcap is not None
+        scaled = projection if self.logit_scale == 1.0 else projection.mul_(self.logit_scale)
+        return scaled.div_(self.softcap).tanh_()
+
+    @property
+    def factor(self) -> float:
+        """The constant part of the derivative of the logits with respect to the projection.
+
+        The other part is the damping of a soft cap: ``1 - tanh ** 2``.
+        """
+        return self.logit_scale / self.temperature
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """The derivative of the logits with respect to the projection, from the logits."""
+        if self.softcap is None:
+            return torch.full_like(logits, self.factor)
+        return _one_less_square(logits / (self.softcap / self.temperature)) * self.factor
+
+
+def _one_less_square(tanh: Tensor) -> Tensor:
+    return torch.addcmul(torch.ones_like(tanh), tanh, tanh, value=-1)
 
 
 def fold_tile(
@@ -50,26 +69,29 @@ def fold_tile(
     labels: Tensor | None,  # (n,) int64
     vocab_start: int,
     transform: LogitTransform,
-    maximum: Tensor,  # (n,), updated in place; starts at the dtype's lowest finite number
+    reference: Tensor,  # (n,), updated in place; starts at the dtype's lowest finite number
     sum_exp: Tensor,  # (n,), updated in place; starts at 0
     target_logit: Tensor,  # (n,), updated in place; starts at NaN
     rest: Tensor | None = None,  # (n,), updated in place; starts at 0
     shortfall: Tensor | None = None,  # (n,), updated in place; starts at 0
     exponentials: Tensor | None = None,  # (n, w) in the dtype of matrix products
-    rescale: Tensor | None = None,  # (n,), written
+    earlier: Sequence[Tensor] = (),  # (n, k) each, updated in place
 ) -> None:
-    """Fold one tile into the running logsumexp of every column but the label's.
+    """Fold one tile into the running numbers of every column but the label's.
 
     With ``rest`` and ``shortfall`` also into what an entropy is made of: ``rest`` is ``sum_exp``
     without the largest logit, so that it keeps its digits where the sum is nearly one, and
-    ``shortfall`` the sum of ``exp(logit - maximum) * (maximum - logit)``.
+    ``shortfall`` the sum of ``exp(logit - reference) * (reference - logit)``.
 
-    With ``exponentials``, also write ``exp(logit - maximum) * slope`` there (0 at the label), and
-    into ``rescale`` the factor that brings earlier tiles' sums to the new maximum. They may be the
-    tile itself, but not together with ``rest``.
+    With ``exponentials``, also write ``exp(logit - reference)`` there, damped, and 0 at the label.
+    They may be the tile itself, but not together with ``rest``. What earlier tiles' exponentials
+    were summed up to follows the reference where it rises.
+
+    Here the reference is always the largest logit.
     """
-    logits = transform.apply_(tile)
-    slope = transform.slope(logits) if exponentials is not None else 1.0
+    logits, damping = (
+        (transform.apply_(tile), None) if exponentials is None else transform.apply_and_damp_(tile)
+    )
     if labels is not None:
         # Leaving the label out keeps 1 - p(label) exact where p(label) is close to one.
         column, inside = label_columns(labels, vocab_start, tile.shape[1])
@@ -78,18 +100,18 @@ def fold_tile(
         hidden_from_sum = torch.where(inside, -math.inf, at_label)
         logits.scatter_(1, column, hidden_from_sum.unsqueeze(1))
     if rest is None or shortfall is None:
-        new_maximum = torch.maximum(maximum, logits.amax(1))
-        exp = logits.sub_(new_maximum.unsqueeze(1)).exp_()
-        factor = maximum.sub_(new_maximum).exp_()
+        new_reference = torch.maximum(reference, logits.amax(1))
+        exp = logits.sub_(new_reference.unsqueeze(1)).exp_()
+        factor = torch.exp(reference - new_reference)
         sum_exp.mul_(factor).add_(exp.sum(1))
     else:
         tile_maximum, top = largest(logits)
-        new_maximum = torch.maximum(maximum, tile_maximum)
-        difference = logits.sub_(new_maximum.unsqueeze(1))
+        new_reference = torch.maximum(reference, tile_maximum)
+        difference = logits.sub_(new_reference.unsqueeze(1))
         same = exponentials is not None and exponentials.dtype == tile.dtype
         exp = torch.exp(difference, out=exponentials if same else None)
-        raised = (tile_maximum > maximum).to(exp.dtype)
-        rise = new_maximum - maximum
+        raised = (tile_maximum > reference).to(exp.dtype)
+        rise = new_reference - reference
         factor = torch.exp(-rise)
         # 0 times a logit of -inf is NaN, and no part of the sum.
         shortfall.add_(rise * sum_exp).mul_(factor).sub_(difference.mul_(exp).nansum(1))
@@ -100,10 +122,11 @@ def fold_tile(
         # The largest so far becomes one of the rest where this tile has a larger one.
         rest.add_(raised).mul_(factor).add_(others).add_(at_top * (1 - raised))
         sum_exp.mul_(factor).add_(others).add_(at_top)
-    if exponentials is not None and rescale is not None:
-        exponentials.copy_(_scale_(exp, slope))
-        rescale.copy_(factor)
-    maximum.copy_(new_maximum)
+    if exponentials is not None:
+        exponentials.copy_(exp if damping is None else exp.mul_(damping))
+    for accumulated in earlier:
+        accumulated.mul_(factor.unsqueeze(1))
+    reference.copy_(new_reference)
 
 
 def gradient_tile(
@@ -111,19 +134,23 @@ def gradient_tile(
     labels: Tensor | None,  # (n,) int64
     vocab_start: int,
     transform: LogitTransform,
-    lse: Tensor,  # (n,), not -inf
-    probability_coefficients: Tensor,  # (n,)
-    label_coefficients: Tensor,  # (n,)
+    reference: Tensor,  # (n,)
+    coefficients: Tensor,  # (n,)
+    label_gradients: Tensor,  # (n,)
     out: Tensor,  # (n, w) in the dtype of matrix products, may be the tile
 ) -> None:
-    """Write the gradient of the projections: ``slope * coefficient * p``, and the label's own."""
-    logits = transform.apply_(tile)
-    slope = transform.slope(logits)
-    probabilities = logits.sub_(lse.unsqueeze(1)).exp_()
-    gradient = probabilities.mul_(probability_coefficients.unsqueeze(1))
+    """Write the gradient of the projections, damped: ``coefficient * exp(logit - reference)``.
+
+    At the label's column it is the label's own, as it is.
+    """
+    logits, damping = transform.apply_and_damp_(tile)
+    exponentials = logits.sub_(reference.unsqueeze(1)).exp_()
+    gradient = exponentials.mul_(coefficients.unsqueeze(1))
+    if damping is not None:
+        gradient.mul_(damping)
     if labels is not None:
-        write_at_labels(gradient, labels, vocab_start, label_coefficients)
-    out.copy_(_scale_(gradient, slope))
+        write_at_labels(gradient, labels, vocab_start, label_gradients)
+    out.copy_(gradient)
 
 
 def write_at_labels(
@@ -136,10 +163,6 @@ def write_at_labels(
     column, inside = label_columns(labels, vocab_start, tile.shape[1])
     at_label = torch.where(inside, values.to(tile.dtype), tile.gather(1, column).squeeze(1))
     tile.scatter_(1, column, at_label.unsqueeze(1))
-
-
-def _scale_(values: Tensor, slope: Tensor | float) -> Tensor:
-    return values.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else values
 
 
 def label_columns(labels: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:

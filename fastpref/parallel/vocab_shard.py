@@ -13,10 +13,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from fastpref.checks import check_floating, refuse
-from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
-from fastpref.ops.operands import Operands, labelled_rows, spread, take
+from fastpref.ops.linear_logps_op import Found, linear_logps_backward_ops, linear_logps_ops
+from fastpref.ops.operands import NO_LABEL, Operands, labelled_rows, spread, take
+from fastpref.ops.running import Running, joined
 
-IGNORED = -1  # the label, within a shard, of what the caller's `ignore_index` leaves out
+IGNORED = NO_LABEL - 1  # within a shard, for what the caller's `ignore_index` leaves out
 
 
 class VocabShard(NamedTuple):
@@ -55,23 +56,21 @@ def sharded_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (N,), logsumexp (N,) and stats (N, 3), as of the whole vocabulary.
 
-    What is not wanted is as `linear_logps_op` has it.
+    What is not wanted is as `linear_logps_op.Found` has it.
     """
     hidden, labels, ignore_index = operands.hidden, operands.labels, operands.ignore_index
     within = operands._replace(ignore_index=IGNORED, compact=False)
     if labels is None:
-        nothing = hidden.new_empty(0, dtype=torch.bool)
-        return _apply(*within, nothing, shard, stats, scratch_bytes)
+        return _apply(*within, shard, stats, scratch_bytes)
     count, rows = hidden.shape[0], None
     if operands.compact:  # what no label needs is not sent either
         rows = labelled_rows(labels, shard.total, ignore_index)
         hidden, labels = take(hidden, rows), take(labels, rows)
     ignored = labels == ignore_index
-    own = ~ignored & (labels >= shard.start) & (labels < shard.start + operands.weight.shape[0])
-    # Any label will do where another process has the right one.
-    local = torch.where(own, labels - shard.start, 0).masked_fill(ignored, IGNORED)
+    own = (labels >= shard.start) & (labels < shard.start + operands.weight.shape[0])
+    local = torch.where(own, labels - shard.start, NO_LABEL).masked_fill(ignored, IGNORED)
     within = within._replace(hidden=hidden, labels=local)
-    logps, lse, numbers = _apply(*within, own, shard, stats, scratch_bytes)
+    logps, lse, numbers = _apply(*within, shard, stats, scratch_bytes)
     if not operands.compact:
         outside = ~ignored & ((labels < 0) | (labels >= shard.total))
         logps = logps.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
@@ -88,72 +87,57 @@ def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 class _ShardedLogps(Function):
     """The operator under `linear_logps` on each shard, its numbers joined over the processes.
 
-    Its backward takes whatever logsumexp it is given: with that of the whole vocabulary, every
-    probability in it is that of the whole vocabulary.
+    Its backward takes whatever running numbers it is given: with those of the whole vocabulary,
+    every probability in it is that of the whole vocabulary.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        operands, (own, shard, stats, scratch_bytes) = Operands.split(arguments)
-        logps, lse, _, numbers, cache = linear_logps_op(*operands, False, stats, scratch_bytes)
-        candidates, whole_lse, own_share = _of_all_shards(logps, lse, shard.group)
+        operands, (shard, stats, scratch_bytes) = Operands.split(arguments)
+        found = Found(*linear_logps_ops.of(operands)(*operands, False, stats, scratch_bytes))
+        parts = _of_every_shard(found.running, operands.labels, shard.group)
+        running = joined(parts)
+        numbers = found.stats
         if stats:
-            numbers = _stats_of_all_shards(numbers, own, own_share, shard.group)
+            numbers = _stats_of_all_shards(numbers, parts, shard.group)
+        whole = Running.of(running)
+        logps = found.logps if operands.labels is None else whole.logps()
         ctx.group, ctx.options = shard.group, operands[4:]
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*operands[:4], own, candidates, whole_lse, cache)
-        return _sum(candidates.masked_fill(~own, 0), shard.group), whole_lse, numbers
+        ctx.save_for_backward(*operands[:4], running, found.rows, found.n_rows, found.cache)
+        return logps, whole.lse(), numbers
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, logps_gradient: Tensor | None, lse_gradient: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, own, logps, lse, cache = ctx.saved_tensors
-        if labels is not None and logps_gradient is not None:
-            # Of a label elsewhere only its logsumexp is here, which it takes from its logit.
-            elsewhere = logps_gradient.masked_fill(own, 0)
-            logps_gradient = logps_gradient.masked_fill(~own, 0)
-            lse_gradient = -elsewhere if lse_gradient is None else lse_gradient - elsewhere
-        wanted = ctx.needs_input_grad[:3]
-        found = linear_logps_backward_op(
-            hidden, weight, bias, labels, *ctx.options,
-            logps_gradient, lse_gradient, logps, lse, cache, *wanted,
-        )  # fmt: skip
+        *tensors, running, rows, n_rows, cache = ctx.saved_tensors
+        operands, wanted = Operands(*tensors, *ctx.options), ctx.needs_input_grad[:3]
+        found = linear_logps_backward_ops.of(operands)(
+            *operands, logps_gradient, lse_gradient, running, rows, n_rows, cache, *wanted
+        )
         if wanted[0]:
             dist.all_reduce(found[0], group=ctx.group)
         gradients = (one if want else None for one, want in zip(found, wanted, strict=True))
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
-def _of_all_shards(
-    logps: Tensor, lse: Tensor, group: ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and logsumexp (N,) within a shard, as they are in the whole vocabulary.
-
-    And the shard's log-probability (N,). What the other shards add to a label's own is added to its
-    log-probability, too: no difference of large numbers where the model is certain.
-    """
-    if not lse.numel():
-        return logps, lse, lse
-    every = lse.new_empty(dist.get_world_size(group), *lse.shape)
-    dist.all_gather(list(every.unbind(0)), lse, group=group)
-    total = every.logsumexp(0)
-    every[dist.get_rank(group)] = -torch.inf
-    # log(1 + exp(x)), whose own function stops counting at x = 20: too early for float64.
-    difference = every.logsumexp(0) - lse
-    share = -torch.logaddexp(difference, torch.zeros_like(difference))
-    # A shard that is masked as a whole, as padding of the vocabulary is.
-    share = share.masked_fill(lse == -torch.inf, -torch.inf)
-    logps = (logps + share).masked_fill(lse == -torch.inf, -torch.inf) if logps.numel() else logps
-    return logps, total, share
+def _of_every_shard(running: Tensor, labels: Tensor | None, group: ProcessGroup) -> Tensor:
+    """Running numbers (shards, 3, N); the label's logit is -inf where the label is not."""
+    own = running.clone()
+    if labels is not None:
+        own[2].masked_fill_(labels < 0, -torch.inf)
+    every = own.new_empty(dist.get_world_size(group), *own.shape)
+    if own.numel():
+        dist.all_gather(list(every.unbind(0)), own, group=group)
+    return every
 
 
 def _stats_of_all_shards(
     numbers: Tensor,  # (N, 3) within this shard
-    own: Tensor,  # (N,) bool: the label is in this shard
-    share: Tensor,  # (N,) log-probability of this shard
+    parts: Tensor,  # (shards, 3, N) running numbers
     group: ProcessGroup,
 ) -> Tensor:
     """Entropy, largest logit and label's logit (N, 3) in the whole vocabulary.
@@ -161,16 +145,18 @@ def _stats_of_all_shards(
     A distribution that is a mixture of others without overlap has the mean of their entropies, and
     the entropy of which of them it is.
     """
-    entropy, maximum, target_logit = numbers.unbind(1)
-    part = (share.exp() * (entropy - share)).masked_fill(share == -torch.inf, 0)
-    summed = _sum(torch.stack((part, target_logit.masked_fill(~own, 0))), group)
+    entropy, maximum, _ = numbers.unbind(1)
+    reference, sum_exp, target_logit = parts.unbind(1)
+    top = torch.maximum(reference, target_logit).amax(0)
+    masses = sum_exp * torch.exp(reference - top) + torch.exp(target_logit - top)
+    own = torch.zeros_like(masses, dtype=torch.bool)
+    own[dist.get_rank(group)] = True
+    # No difference of large numbers where one shard has nearly all of the mass.
+    log_share = -torch.log1p(masses.masked_fill(own, 0).sum(0) / masses[dist.get_rank(group)])
+    # A shard that is masked as a whole, as padding of the vocabulary is, has no share.
+    part = (log_share.exp() * (entropy - log_share)).masked_fill(log_share == -torch.inf, 0)
     maximum = maximum.clone()
-    if maximum.numel():
+    if len(numbers):
+        dist.all_reduce(part, group=group)
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-    return torch.stack((summed[0], maximum, summed[1]), dim=1)
-
-
-def _sum(values: Tensor, group: ProcessGroup) -> Tensor:
-    if values.numel():
-        dist.all_reduce(values, group=group)
-    return values
+    return torch.stack((part, maximum, target_logit.amax(0)), dim=1)

@@ -9,13 +9,16 @@ from torch.library import opcheck
 import fastpref
 from fastpref import Head
 from fastpref.ops.linear_logps_op import (
-    linear_logps_backward_op,
-    linear_logps_op,
-    scaled_jacobian_op,
+    Found,
+    gradient_by_jacobian_ops,
+    linear_logps_backward_ops,
+    linear_logps_ops,
 )
+from fastpref.ops.linear_stats_op import linear_stats_ops
 
 LABELS = torch.tensor([3, -100, 0, 10])
-OPTIONS = (1.5, 0.5, 3.0, -100, True)  # temperature, logit_scale, softcap, ignore_index, compact
+OPTIONS = (1.5, 0.5, 3.0, -100)  # temperature, logit_scale, softcap, ignore_index
+COMPACT = [False, True]  # the indices of `OperatorPair`, too
 
 
 def leaves(dtype: torch.dtype, *, trained: bool) -> list[torch.Tensor]:
@@ -41,11 +44,12 @@ def test_gradcheck(trained, softcap):
 
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("jacobian", [False, True])
+@pytest.mark.parametrize("compact", COMPACT)
 @pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "no labels"])
-def test_opcheck_forward(jacobian, labels, stats):
+def test_opcheck_forward(labels, compact, jacobian, stats):
     hidden, weight, bias = leaves(torch.float32, trained=not jacobian)
-    stats = stats and labels is not None
-    opcheck(linear_logps_op, (hidden, weight, bias, labels, *OPTIONS, jacobian, stats, 0))
+    stats, op = stats and labels is not None, linear_logps_ops[compact and labels is not None]
+    opcheck(op, (hidden, weight, bias, labels, *OPTIONS, compact, jacobian, stats, 0))
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -53,17 +57,38 @@ def test_opcheck_forward_with_a_cache(stats):
     hidden, weight, bias = leaves(torch.float32, trained=True)
     # What no tile fills stays unwritten, so outputs cannot be compared between runs.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (hidden, weight, bias, LABELS, *OPTIONS, False, stats, 10**6)
-    opcheck(linear_logps_op, arguments, test_utils=checks)
+    arguments = (hidden, weight, bias, LABELS, *OPTIONS, True, False, stats, 10**6)
+    opcheck(linear_logps_ops.of_labelled_rows, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_backward(wanted):
+def read(compact: bool, *wanted: object) -> tuple[tuple[object, ...], tuple[torch.Tensor, ...]]:
+    """Operands without gradients, and what a backward pass is given of them."""
     hidden, weight, bias = (leaf.detach() for leaf in leaves(torch.float32, trained=True))
-    operands = (hidden, weight, bias, LABELS, *OPTIONS)
-    logps, lse, _, _, cache = linear_logps_op(*operands, False, False, 100)
-    incoming = torch.randn(2, 4)
-    opcheck(linear_logps_backward_op, (*operands, *incoming, logps, lse, cache, *wanted))
+    operands = (hidden, weight, bias, LABELS, *OPTIONS, compact)
+    found = Found(*linear_logps_ops[compact](*operands, *wanted))
+    left = (*torch.randn(2, 4), found.running, found.rows, found.n_rows)
+    return operands, (*left, found.cache, found.jacobian)
+
+
+@pytest.mark.parametrize("compact", COMPACT)
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
+def test_opcheck_backward(wanted, compact):
+    operands, left = read(compact, False, False, 100)
+    opcheck(linear_logps_backward_ops[compact], (*operands, *left[:-1], *wanted))
+
+
+@pytest.mark.parametrize("compact", COMPACT)
+def test_opcheck_gradient_by_jacobian(compact):
+    operands, (*left, _, jacobian) = read(compact, True, False, 0)
+    opcheck(gradient_by_jacobian_ops[compact], (*operands, *left, jacobian))
+
+
+def test_what_the_host_reads_stays_out_of_cuda_graphs():
+    for pair in (
+        linear_logps_ops, linear_logps_backward_ops, gradient_by_jacobian_ops, linear_stats_ops
+    ):  # fmt: skip
+        tagged = [torch.Tag.cudagraph_unsafe in op._opoverload.tags for op in pair]
+        assert tagged == [False, True]
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -152,10 +177,6 @@ def test_forward_mode_is_refused():
 
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(logps, (hidden,), (hidden,))
-
-
-def test_opcheck_scaled_jacobian():
-    opcheck(scaled_jacobian_op, (torch.randn(4), torch.randn(4, 5), torch.float16))
 
 
 def test_only_the_head_trains():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastpref
 from fastpref import Head
-from fastpref.ops.linear_logps_op import linear_logps_backward_op, linear_logps_op
+from fastpref.ops.linear_logps_op import Found, linear_logps_backward_ops, linear_logps_ops
 
 
 def run(case: Case) -> torch.Tensor:
@@ -50,9 +50,10 @@ def test_masked_rows_are_of_no_weight_in_the_gradients_of_others(scratch_bytes):
     """The operator itself, since no public function keeps a logsumexp's exponentials."""
     hidden, weight = torch.randn(3, 8), torch.randn(10, 8)
     operands = (hidden, weight, torch.full((10,), -torch.inf), None, 1.0, 1.0, None, -100, True)
-    logps, lse, _, _, cache = linear_logps_op(*operands, False, False, scratch_bytes)
-    assert (lse == -torch.inf).all()
-    found = linear_logps_backward_op(
-        *operands, None, torch.ones(3), logps, lse, cache, True, True, True
+    found = Found(*linear_logps_ops.of_all_rows(*operands, False, False, scratch_bytes))
+    assert (found.lse == -torch.inf).all()
+    left = (found.running, found.rows, found.n_rows, found.cache)
+    gradients = linear_logps_backward_ops.of_all_rows(
+        *operands, None, torch.ones(3), *left, True, True, True
     )
-    assert all((gradient == 0).all() for gradient in found)
+    assert all((gradient == 0).all() for gradient in gradients)

@@ -18,7 +18,7 @@ from fastpref.ops.linear_stats import FORMULAS, OF_LABELS
 from fastpref.ops.linear_stats_op import (
     Partial,
     Sums,
-    linear_stats_op,
+    linear_stats_ops,
     merge,
     partial_of_tile,
 )
@@ -268,7 +268,8 @@ def test_opcheck(labels, compact, sums):
     if labels is not None and not compact:
         labels = labels.clamp(min=0)  # an ignored label's logit is NaN there, which equals nothing
     arguments = (*operands(), labels, 1.5, 0.5, 3.0, -100, compact, sums, sums, sums)
-    opcheck(linear_stats_op, arguments)
+    for op in linear_stats_ops:
+        opcheck(op, arguments)
 
 
 def test_compiles_without_graph_breaks():

@@ -160,11 +160,11 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         default="dpo",
         metadata={"help": "Which loss of fastpref.losses to train.", "choices": list(METHODS)},
     )
-    scratch_bytes: int = field(
-        default=0,
+    scratch_bytes: int | None = field(
+        default=None,
         metadata={
-            "help": "Bytes that a trained head may use to keep exponentials for its backward pass "
-            "instead of computing them again."
+            "help": "The most bytes that a trained head keeps for its backward pass instead of "
+            "computing them again; by default what the batch needs, up to 1 GiB."
         },
     )
 

@@ -1,0 +1,77 @@
+"""What one reading of the vocabulary leaves of every row, and what follows from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shares(NamedTuple):
+    """Probabilities of a row: every tensor (n,)."""
+
+    unit: Tensor  # of a token whose logit is the reference
+    others: Tensor  # of all tokens but the label
+    label: Tensor  # of the label
+
+
+class Running(NamedTuple):
+    """A row's logits ``z``, summed up: every tensor (n,).
+
+    The label has no part in the sum, so ``1 - p(label)`` keeps its digits where the model is
+    certain. The logarithm of the sum is never added to the reference before a difference is taken:
+    logits may share an offset of hundreds, of which a float32 sum would keep fewer digits than the
+    differences have.
+    """
+
+    reference: Tensor  # close to the largest logit but the label's, never far below it; finite
+    sum_exp: Tensor  # sum of exp(z - reference) over all tokens but the label
+    target_logit: Tensor  # the label's; -inf without labels, NaN for one outside the vocabulary
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> Running:
+        """From a tensor (3 or more, n), whose further rows are left out."""
+        reference, sum_exp, target_logit = numbers[:3].unbind()
+        # log(p) of an infinite logit is inf - inf.
+        target_logit = target_logit.masked_fill(target_logit == torch.inf, torch.nan)
+        return cls(reference, sum_exp, target_logit)
+
+    def logps(self) -> Tensor:
+        """Log-probability of the label."""
+        above, likely, odds_against = self._label()
+        unlikely_logps = above - torch.log(self.sum_exp + above.exp())
+        return torch.where(likely, -odds_against.log1p(), unlikely_logps)
+
+    def lse(self) -> Tensor:
+        """Logsumexp of all logits."""
+        above, likely, odds_against = self._label()
+        unlikely_lse = self.reference + torch.log(self.sum_exp + above.exp())
+        return torch.where(likely, self.target_logit + odds_against.log1p(), unlikely_lse)
+
+    def shares(self) -> Shares:
+        """The probabilities that gradients are made of."""
+        above, likely, odds_against = self._label()
+        unit = 1 / (self.sum_exp + above.exp())
+        # Of a row whose every logit is -inf nothing has a share.
+        unit = unit.masked_fill(unit == torch.inf, 0)
+        label = above.exp() * unit
+        likely_label = 1 / (1 + odds_against)
+        unit = torch.where(likely, (-above).exp() * likely_label, unit)
+        return Shares(unit, unit * self.sum_exp, torch.where(likely, likely_label, label))
+
+    def _label(self) -> tuple[Tensor, Tensor, Tensor]:
+        """How far the label is above the reference, whether p > 1/2, and then (1 - p) / p."""
+        above = self.target_logit - self.reference
+        return above, above > self.sum_exp.log(), self.sum_exp * (-above).exp()
+
+
+def joined(parts: Tensor) -> Tensor:
+    """Running numbers (3, n) of parts (k, 3, n) of the vocabulary.
+
+    The label's logit is -inf in parts that do not hold the label.
+    """
+    reference, sum_exp, target_logit = parts.unbind(1)
+    whole = reference.amax(0)
+    sums = (sum_exp * torch.exp(reference - whole)).sum(0)
+    return torch.stack((whole, sums, target_logit.amax(0)))
