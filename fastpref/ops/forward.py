@@ -109,9 +109,8 @@ def _finish_jacobian(total: Tensor, running: Running, logits: Logits, rows: slic
         return
     shares = running.shares()
     total.mul_((-logits.transform.factor * shares.unit).unsqueeze(1))
-    # Wide before the slope, which in a narrow dtype would round, and overflow float16.
     slope = logits.transform.slope(running.target_logit) * shares.others
-    total.addcmul_(logits.weight_of_labels(rows).to(total.dtype), slope.unsqueeze(1))
+    total.addcmul_(logits.weight_of_labels(rows), slope.unsqueeze(1))
 
 
 def _start(logits: Logits, *, stats: bool) -> Tensor:

@@ -197,7 +197,7 @@ def bytes_of_all_tiles(
 ) -> int:
     """What it takes at most to keep every tile; ``rows`` may be symbolic."""
     tiles = vocab_size // FEWEST_COLUMNS + 2
-    exponentials = rows * (vocab_size + tiles * VECTOR_COLUMNS) * operands.itemsize
+    exponentials = rows * (vocab_size + 2 * VECTOR_COLUMNS) * operands.itemsize
     return exponentials + tiles * (rows * statistics.itemsize + 2 * ALIGNMENT)
 
 
