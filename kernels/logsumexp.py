@@ -1,4 +1,4 @@
-"""Logsumexp and label logit of every row of `hidden @ weight.T`, with no buffer of logits."""
+"""What a logsumexp of every row of `hidden @ weight.T` is made of, with no buffer of logits."""
 
 import torch
 import triton
@@ -26,29 +26,31 @@ def projection_logsumexp(
     labels: Tensor | None,  # (n,) int64
     rows: Tensor | None,  # (n,) int64
     transform: Transform,
-) -> tuple[Tensor, Tensor]:  # (n,) float32, (n,) float32
-    """Compute the label's logit, and the logsumexp of all other logits.
+) -> tuple[Tensor, Tensor, Tensor]:  # (n,) float32 each
+    """Compute `reference`, `sum_exp` and `target_logit` of every row.
 
-    `z = T(hidden[rows] @ weight.T + bias)`; returns `target_logit = z[label]` and
-    `lse_other = logsumexp(z[j], j != label)`: `logps = logsigmoid(target_logit - lse_other)` is
-    exact near zero. `rows=None` is every row. A label outside `[0, V)` excludes nothing and its
-    `target_logit` is NaN. With `labels=None` `target_logit` is empty and `lse_other` the whole
-    logsumexp.
+    `z = T(hidden[rows] @ weight.T + bias)`; `target_logit = z[label]`, and of all other logits
+    `reference` is the largest and `sum_exp = sum(exp(z - reference))`. They stay apart, as adding
+    `log(sum_exp)` to a large reference would cost its digits. `rows=None` is every row. A label
+    outside `[0, V)` excludes nothing and its `target_logit` is NaN. With `labels=None`
+    `target_logit` is empty. Where every logit is -inf, the reference is the lowest finite number.
     """
     n_rows = hidden.shape[0] if rows is None else rows.shape[0]
     if n_rows == 0:
         nothing = label_logits(hidden, None)
-        return nothing, nothing
+        return nothing, nothing, nothing
     if reads_through_descriptors(hidden, weight, n_rows):
         if rows is not None:  # gathered: a descriptor reads rows that lie side by side
             hidden = hidden.index_select(0, rows)
-        target_logit, lse = persistent_logsumexp(hidden, weight, bias, labels, transform)
+        target_logit, parts = persistent_logsumexp(hidden, weight, bias, labels, transform)
     else:
-        target_logit, (lse,) = launch_projection(
+        target_logit, parts = launch_projection(
             _projection_logsumexp_kernel, hidden, weight, bias, labels, rows, transform,
-            projection_config(hidden, weight, n_rows), numbers=1,
+            projection_config(hidden, weight, n_rows), numbers=2,
         )  # fmt: skip
-    return target_logit, torch.logsumexp(lse, dim=0)
+    maximum, sum_exp = parts
+    reference = maximum.amax(0)
+    return reference, (sum_exp * torch.exp(maximum - reference)).sum(0), target_logit
 
 
 # These vary from batch to batch and need no code of their own; sizes and strides are worth theirs.
@@ -60,12 +62,13 @@ def _projection_logsumexp_kernel(
     labels_ptr,  # (n,) or None
     rows_ptr,  # (n,) or None
     target_logit_ptr,  # (n,)
-    lse_ptr,  # (splits, n)
+    parts_ptr,  # (2, splits, n)
     n_rows, vocab_size, hidden_size, splits, tiles_per_split,
     hidden_stride_row, hidden_stride_col, weight_stride_row, weight_stride_col,
-    logit_scale, softcap, temperature,
-    HAS_SOFTCAP: tl.constexpr, EVEN_HIDDEN: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    inner, outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, EVEN_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of the vocabulary."""
     split, row, row_exists, hidden_rows = rows_of_program(
@@ -88,11 +91,11 @@ def _projection_logsumexp_kernel(
         )  # fmt: skip
         maximum, sum_exp, target_logit = fold_projection(
             x, tile * BLOCK_VOCAB, vocab_size, bias_ptr, label, maximum, sum_exp, target_logit,
-            logit_scale, softcap, temperature, labels_ptr is not None, HAS_SOFTCAP, BLOCK_VOCAB,
+            inner, outer, labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, BLOCK_VOCAB,
         )  # fmt: skip
 
     store_split(
-        lse_ptr, target_logit_ptr, split, row, row_exists, n_rows,
+        parts_ptr, target_logit_ptr, split, splits, row, row_exists, n_rows,
         first_tile * BLOCK_VOCAB, end_tile * BLOCK_VOCAB, label, maximum, sum_exp, target_logit,
         labels_ptr is not None,
     )  # fmt: skip

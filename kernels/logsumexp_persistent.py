@@ -1,4 +1,4 @@
-"""Logsumexp of `hidden @ weight.T` on devices that copy tiles by themselves (TMA).
+"""The same parts of a logsumexp, on devices that copy tiles by themselves (TMA).
 
 As `logsumexp`, with two differences. Tiles arrive through tensor descriptors, so no thread spends
 registers or time on addresses. And there is one program for each multiprocessor, which takes one
@@ -34,8 +34,11 @@ def persistent_logsumexp(
     bias: Tensor | None,  # (V,)
     labels: Tensor | None,  # (n,) int64
     transform: Transform,
-) -> tuple[Tensor, Tensor]:  # (n,) float32 or empty, (splits, n) float32
-    """Compute the labels' logits and the logsumexp of each split of the vocabulary without them."""
+) -> tuple[Tensor, Tensor]:  # (n,) float32 or empty, (2, splits, n) float32
+    """Compute the labels' logits, and maximum and sum of each split of the vocabulary without them.
+
+    The sum is that of `exp(z - maximum)`.
+    """
     (n_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     config = PERSISTENT_CONFIG
     programs = multiprocessors(hidden.device)
@@ -44,7 +47,7 @@ def persistent_logsumexp(
     tiles_per_split = even_split(row_blocks, tiles, programs)
     splits = triton.cdiv(tiles, tiles_per_split)
     target_logit = label_logits(hidden, labels)
-    lse = target_logit.new_empty((splits, n_rows))
+    parts = target_logit.new_empty((2, splits, n_rows))
     # The host makes the descriptors and hands them over as arguments, which a CUDA graph keeps.
     # Descriptors made by the kernel would need memory, from an allocator that Triton has one of in
     # each thread: users may have set theirs, and autograd's threads have none.
@@ -58,7 +61,7 @@ def persistent_logsumexp(
             None if bias is None else bias.contiguous(),
             None if labels is None else labels.contiguous(),
             target_logit,
-            lse,
+            parts,
             n_rows,
             vocab_size,
             hidden_size,
@@ -72,7 +75,7 @@ def persistent_logsumexp(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return target_logit, lse
+    return target_logit, parts
 
 
 @lru_cache
@@ -97,10 +100,10 @@ def _persistent_logsumexp_kernel(
     bias_ptr,  # (V,) or None
     labels_ptr,  # (n,) or None
     target_logit_ptr,  # (n,)
-    lse_ptr,  # (splits, n)
-    n_rows, vocab_size, hidden_size, splits, tiles_per_split, logit_scale, softcap, temperature,
-    HAS_SOFTCAP: tl.constexpr, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    parts_ptr,  # (2, splits, n)
+    n_rows, vocab_size, hidden_size, splits, tiles_per_split, inner, outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """One program after another takes a block of rows against one split of the vocabulary."""
     pieces = tl.cdiv(n_rows, BLOCK_ROWS) * splits
@@ -137,13 +140,13 @@ def _persistent_logsumexp_kernel(
                 maximum, sum_exp, target_logit = _fold_halves(
                     left if half == 0 else right, tile * BLOCK_VOCAB + half * (BLOCK_VOCAB // 2),
                     vocab_size, bias_ptr, label, maximum, sum_exp, target_logit,
-                    logit_scale, softcap, temperature,
-                    labels_ptr is not None, HAS_SOFTCAP, BLOCK_ROWS, BLOCK_VOCAB // 2,
+                    inner, outer,
+                    labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, BLOCK_ROWS, BLOCK_VOCAB // 2,
                 )  # fmt: skip
             x = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
             if (tile + 1) % tiles_per_split == 0:
                 store_split(
-                    lse_ptr, target_logit_ptr, split, row, row_exists, n_rows,
+                    parts_ptr, target_logit_ptr, split, splits, row, row_exists, n_rows,
                     split * tiles_per_split * BLOCK_VOCAB, (tile + 1) * BLOCK_VOCAB,
                     label, maximum, sum_exp, target_logit, labels_ptr is not None,
                 )  # fmt: skip
@@ -155,16 +158,17 @@ def _persistent_logsumexp_kernel(
 @triton.jit
 def _fold_halves(
     x, first_column, vocab_size, bias_ptr, label, maximum, sum_exp, target_logit,
-    logit_scale, softcap, temperature,
-    HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    inner, outer,
+    HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As `fold_projection`, for one half of the columns after the other: half the registers."""
     left, right = _halves(x, ROWS, COLUMNS)
     for half in tl.static_range(2):
         maximum, sum_exp, target_logit = fold_projection(
             left if half == 0 else right, first_column + half * (COLUMNS // 2), vocab_size,
-            bias_ptr, label, maximum, sum_exp, target_logit, logit_scale, softcap, temperature,
-            HAS_LABELS, HAS_SOFTCAP, COLUMNS // 2,
+            bias_ptr, label, maximum, sum_exp, target_logit, inner, outer,
+            HAS_LABELS, HAS_SOFTCAP, HAS_FACTOR, COLUMNS // 2,
         )  # fmt: skip
     return maximum, sum_exp, target_logit
 

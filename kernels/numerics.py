@@ -9,21 +9,41 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # So far below the maximum an exponential is 0; and twice it is finite, so that 0 times it is 0.
 FAR = tl.constexpr(1e30)
+# How far a logit may lie above a row's reference before the reference follows it, in nats: its
+# exponential, below 22 027, still fits into float16, and most tiles move no reference.
+HEADROOM = tl.constexpr(10.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """`exp(x)` in two instructions, as `tl.exp` but 0 where the result is below `2 ** -126`.
+
+    `x` is a difference of logits. Multiplied by `LOG2E` before they are subtracted, logits that
+    share an offset would each be rounded relative to that offset.
+    """
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def tanh(x):
-    """`tanh(x)`, to a few ulp of its own size."""
-    # 1 - exp(-2|x|) cancels near zero, where the Taylor series is short.
+    """Hyperbolic tangent, to a few ulp of its own size, and 1 minus its square.
+
+    `tanh = s / sqrt(1 + s ** 2)` with `s = sinh(x)`. Of the Taylor series of `sinh` eight terms are
+    enough: where more would count, `tanh` is too close to one to see it.
+    """
+    # So that no infinity meets a zero below. A NaN stays one.
+    x = tl.clamp(x, -40.0, 40.0, propagate_nan=tl.PropagateNan.ALL)
     square = x * x
-    series = 62.0 / 2835.0
-    series = -17.0 / 315.0 + square * series
-    series = 2.0 / 15.0 + square * series
-    series = -1.0 / 3.0 + square * series
-    series = x + x * square * series
-    decay = tl.exp(-2.0 * tl.abs(x))
-    ratio = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -ratio, ratio))
+    series = 1.0 / 6227020800.0 + square * (1.0 / 1307674368000.0)
+    series = 1.0 / 39916800.0 + square * series
+    series = 1.0 / 362880.0 + square * series
+    series = 1.0 / 5040.0 + square * series
+    series = 1.0 / 120.0 + square * series
+    series = 1.0 / 6.0 + square * series
+    sinh = x + x * square * series
+    decay = tl.rsqrt(1.0 + sinh * sinh)
+    return sinh * decay, decay * decay
 
 
 @triton.jit
@@ -88,26 +108,30 @@ class Transform(Protocol):
 
 
 def transform_arguments(transform: Transform) -> dict[str, float | bool]:
-    """`transform` as the keyword arguments of a kernel; without a softcap its value is not read."""
+    """`transform` for a kernel: `z = outer * tanh(inner * x)`, without a soft cap `outer * x`."""
+    inner, outer = 1.0, float(transform.logit_scale)
+    if transform.softcap is not None:
+        inner, outer = outer / transform.softcap, float(transform.softcap)
+    outer /= transform.temperature
     return {
-        "logit_scale": float(transform.logit_scale),
-        "softcap": 1.0 if transform.softcap is None else float(transform.softcap),
-        "temperature": float(transform.temperature),
+        "inner": inner,
+        "outer": outer,
         "HAS_SOFTCAP": transform.softcap is not None,
+        "HAS_FACTOR": outer != 1.0,
     }
 
 
 @triton.jit
-def transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
-    """Logits `z = T(x)` of raw projections `x`, any shape, float32, and the slope `dz/dx`."""
-    # A launch under torch.compile may hand Python floats over as float64.
-    logit_scale = tl.cast(logit_scale, tl.float32)
-    temperature = tl.cast(temperature, tl.float32)
-    factor = logit_scale / temperature
+def transform_logits(x, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr):
+    """Logits `z = T(x)` of raw projections `x`, any shape, float32, and their damping.
+
+    The damping is what a soft cap leaves of the slope `dz/dx`: the slope is `outer * inner` times
+    it, a number that is the same everywhere and is left to the caller.
+    """
+    damping = 1.0
     if HAS_SOFTCAP:
-        softcap = tl.cast(softcap, tl.float32)
-        saturation = tanh(x * (logit_scale / softcap))
-        slope = factor * (1.0 - saturation * saturation)
-        return saturation * (softcap / temperature), slope
-    else:
-        return x * factor, factor
+        # A launch under torch.compile may hand Python floats over as float64.
+        x, damping = tanh(x * tl.cast(inner, tl.float32))
+    if HAS_FACTOR:
+        x *= tl.cast(outer, tl.float32)
+    return x, damping

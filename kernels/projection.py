@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ProjectionConfig, on
-from .numerics import Transform, transform_arguments, transform_logits
+from .numerics import Transform, exp, transform_arguments, transform_logits
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # The vocabulary is split until there are enough programs to fill any device, and at least so often
@@ -65,7 +65,7 @@ def launch_projection(
     )
     target_logit = label_logits(hidden, labels)
     parts = target_logit.new_empty((numbers, splits, n_rows))
-    if numbers > 1:  # a kernel writes those that are wanted
+    if constants:  # they say which of the numbers a kernel writes
         parts.zero_()
     with on(hidden.device):
         kernel[(row_blocks * splits,)](
@@ -190,8 +190,9 @@ def fold_projection(
     maximum,  # (ROWS,) starts at LOWEST
     sum_exp,  # (ROWS,) starts at 0, in units of exp(maximum)
     target_logit,  # (ROWS,) starts at 0
-    logit_scale, softcap, temperature,
-    HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+    inner, outer,
+    HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Fold the logits of one tile into maximum, sum and the label's logit.
 
@@ -201,7 +202,7 @@ def fold_projection(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, mask=column < vocab_size, other=0.0)
         x += bias.to(tl.float32)[None, :]
-    z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    z, _ = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
     z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
     if HAS_LABELS:
         in_tile = (label >= first_column) & (label < first_column + COLUMNS)
@@ -210,16 +211,17 @@ def fold_projection(
             target_logit += tl.sum(tl.where(is_label, z, 0.0), axis=1)
             z = tl.where(is_label, -float("inf"), z)
     new_maximum = tl.maximum(maximum, tl.max(z, axis=1))
-    sum_exp *= tl.exp(maximum - new_maximum)
-    sum_exp += tl.sum(tl.exp(z - new_maximum[:, None]), axis=1)
+    sum_exp *= exp(maximum - new_maximum)
+    sum_exp += tl.sum(exp(z - new_maximum[:, None]), axis=1)
     return new_maximum, sum_exp, target_logit
 
 
 @triton.jit
 def store_split(
-    lse_ptr,  # (splits, n)
+    parts_ptr,  # (2, splits, n)
     target_logit_ptr,  # (n,)
     split,
+    splits,
     row,  # (ROWS,)
     row_exists,  # (ROWS,)
     n_rows,
@@ -230,8 +232,9 @@ def store_split(
     HAS_LABELS: tl.constexpr,
 ):  # fmt: skip
     """Write what `fold_projection` made of one split; of labels only those that the split holds."""
-    lse = maximum + tl.log(sum_exp)
-    tl.store(lse_ptr + split.to(tl.int64) * n_rows + row, lse, mask=row_exists)
+    parts_ptrs = parts_ptr + split.to(tl.int64) * n_rows + row
+    tl.store(parts_ptrs, maximum, mask=row_exists)
+    tl.store(parts_ptrs + splits.to(tl.int64) * n_rows, sum_exp, mask=row_exists)
     if HAS_LABELS:
         # One split holds the label; nobody writes where none does.
         holds_label = (label >= first_column) & (label < end_column)

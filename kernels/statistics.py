@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import projection_config
-from .numerics import FAR, LOWEST, Transform, transform_logits
+from .numerics import FAR, LOWEST, Transform, exp, transform_logits
 from .projection import launch_projection, load_labels, project_tile, rows_of_program
 
 # The tiles for few rows keep more numbers a thread, and have no registers for so many sums.
@@ -52,10 +52,11 @@ def _projection_partials_kernel(
     parts_ptr,  # (5, splits, n)
     n_rows, vocab_size, hidden_size, splits, tiles_per_split,
     hidden_stride_row, hidden_stride_col, weight_stride_row, weight_stride_col,
-    logit_scale, softcap, temperature,
-    HAS_SOFTCAP: tl.constexpr, SECOND: tl.constexpr, SHORTFALL: tl.constexpr, SQUARES: tl.constexpr,
-    EVEN_HIDDEN: tl.constexpr, GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    inner, outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, SECOND: tl.constexpr,
+    SHORTFALL: tl.constexpr, SQUARES: tl.constexpr, EVEN_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of the vocabulary."""
     split, row, row_exists, hidden_rows = rows_of_program(
@@ -82,7 +83,7 @@ def _projection_partials_kernel(
             # Not masked, which would cost registers: columns past the end are dropped below.
             bias = tl.load(bias_ptr + tl.minimum(column, vocab_size - 1))
             x += bias.to(tl.float32)[None, :]
-        z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
+        z, _ = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
         z = tl.where((column < vocab_size)[None, :], z, -float("inf"))
         if labels_ptr is not None:
             in_tile = (label >= tile * BLOCK_VOCAB) & (label < (tile + 1) * BLOCK_VOCAB)
@@ -106,7 +107,7 @@ def _projection_partials_kernel(
             second = tl.maximum(second, runner_up)
             second = tl.maximum(second, tl.minimum(maximum, tile_maximum))
         difference = tl.maximum(z - reference, -FAR)
-        exponentials = tl.where(is_top, 0.0, tl.exp(difference))
+        exponentials = tl.where(is_top, 0.0, exp(difference))
         tile_others = more_tops + tl.sum(exponentials, axis=1)
 
         # Join what was found before with this tile, the one with the lower maximum rescaled: its
@@ -115,8 +116,8 @@ def _projection_partials_kernel(
         reference = tl.maximum(new_maximum, LOWEST)
         before = tl.minimum(reference - maximum, FAR)
         now = tl.minimum(reference - tile_maximum, FAR)
-        weight_before = tl.exp(-before)
-        weight_now = tl.exp(-now)
+        weight_before = exp(-before)
+        weight_now = exp(-now)
         lower_top = weight_before * weight_now
         if SHORTFALL:
             tile_shortfall = -tl.sum(difference * exponentials, axis=1)

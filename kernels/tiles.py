@@ -1,15 +1,24 @@
 """Softmax arithmetic on one tile of projections, between the matrix products around it.
 
 A tile holds `w` columns of `x = hidden @ weight.T + bias` for `n` rows: those of the vocabulary
-from `vocab_start` on.
+from `vocab_start` on. Exponentials are relative to a reference of each row, and stay so: nothing is
+ever added to it before differences are taken, as the digits of small differences would be lost.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ELEMENT_WARPS, ELEMENTS, on
-from .numerics import FAR, Transform, transform_arguments, transform_logits
+from .launch import ELEMENTS, on
+from .numerics import FAR, HEADROOM, Transform, exp, transform_arguments, transform_logits
+
+# A program has a block of columns of one row. The more logits a thread has, the less each of them
+# pays for sums over threads and warps. The numbers that statistics take need registers, too, and
+# rows of more columns than this come in small numbers, so that more warps share one.
+MIN_BLOCK = 128  # at least one logit for each thread, as `ELEMENTS`
+ROW_BLOCK = 4096
+WIDE_ROW_BLOCK = 8192
+LOGITS_PER_WARP = 2048
 
 
 def fold_tile(
@@ -17,50 +26,61 @@ def fold_tile(
     labels: Tensor | None,  # (n,) int64
     vocab_start: int,
     transform: Transform,
-    maximum: Tensor,  # (n,) float32
+    reference: Tensor,  # (n,) float32
     sum_exp: Tensor,  # (n,) float32
     target_logit: Tensor,  # (n,) float32
     rest: Tensor | None = None,  # (n,) float32
     shortfall: Tensor | None = None,  # (n,) float32
     exponentials: Tensor | None = None,  # (n, w)
-    rescale: Tensor | None = None,  # (n,) float32
+    earlier: tuple[Tensor, ...] = (),  # up to two, (n, k)
 ) -> None:
     """Fold a tile into running statistics, in place; the label's column stays out of them.
 
-    With `z = T(tile)`: `maximum = max(maximum, z)`, `sum_exp = sum(exp(z - maximum))` over all
-    columns seen, `target_logit = z[label]` if the label is in this tile. Start from the lowest
-    finite float32, 0 and NaN. Vectors written to are contiguous; matrices have contiguous rows.
+    With `z = T(tile)`: `sum_exp = sum(exp(z - reference))` over all columns seen, and
+    `target_logit = z[label]` if the label is in this tile. Start from the lowest finite float32
+    (the reference), 0 and NaN. The reference becomes the largest logit of the tile where that is
+    more than `HEADROOM` above it, else it stays. Vectors are contiguous; matrices have contiguous
+    rows.
 
     `rest`, given with `shortfall`, is `sum_exp` without the largest logit, so that it keeps its
-    digits where the sum is nearly one; `shortfall = sum(exp(z - maximum) * (maximum - z))`. Both
-    start from 0.
+    digits where the sum is nearly one; `shortfall = sum(exp(z - reference) * (reference - z))`.
+    Both start from 0. With them the reference is the largest logit.
 
-    `exponentials` receives `exp(z - maximum) * dz/dx`, 0 at the label, and `rescale`, given with
-    it, `exp(previous maximum - maximum)`: what was accumulated before needs this factor.
-    `exponentials` may be `tile` itself.
+    `exponentials` receives `exp(z - reference) * damping`, 0 at the label, and may be `tile`.
+    `earlier` is what was made of earlier tiles' exponentials: rows whose reference rises are
+    multiplied by `exp(old reference - new reference)`.
     """
     n_rows, width = tile.shape
-    assert all(vector.is_contiguous() for vector in (maximum, sum_exp, target_logit))
+    assert all(vector.is_contiguous() for vector in (reference, sum_exp, target_logit))
     if n_rows == 0:
         return
+    first, second = (*earlier, None, None)[:2]
+    block = _block(width, ROW_BLOCK if width <= ROW_BLOCK else WIDE_ROW_BLOCK)
+    many_registers = rest is not None or width > ROW_BLOCK
     with on(tile.device):
         _fold_tile_kernel[(n_rows,)](
             tile,
             None if labels is None else labels.contiguous(),
-            maximum,
+            reference,
             sum_exp,
             target_logit,
             rest,
             shortfall,
             exponentials,
-            rescale,
+            first,
+            second,
             width,
             vocab_start,
             tile.stride(0),
             0 if exponentials is None else exponentials.stride(0),
+            *_width_and_stride(first),
+            *_width_and_stride(second),
             **transform_arguments(transform),
-            BLOCK=ELEMENTS,
-            num_warps=ELEMENT_WARPS,
+            EVEN=width % block == 0,
+            SEVERAL_BLOCKS=width > block,
+            BLOCK=block,
+            EARLIER_BLOCK=ELEMENTS,
+            num_warps=_warps(block, LOGITS_PER_WARP // 2 if many_registers else LOGITS_PER_WARP),
         )
 
 
@@ -69,133 +89,237 @@ def gradient_tile(
     labels: Tensor | None,  # (n,) int64
     vocab_start: int,
     transform: Transform,
-    lse: Tensor,  # (n,) float32, not -inf
-    probability_coefficients: Tensor,  # (n,) float32
-    label_coefficients: Tensor,  # (n,) float32
+    reference: Tensor,  # (n,) float32
+    coefficients: Tensor,  # (n,) float32
+    label_gradients: Tensor,  # (n,) float32
     out: Tensor,  # (n, w)
 ) -> None:
-    """Write the gradient with respect to a tile's projections to `out`.
+    """Write the gradient with respect to a tile's logits, times their damping, to `out`.
 
-    With `z = T(tile)`: `probability_coefficients * exp(z - lse) * dz/dx`, and at the label's column
-    `label_coefficients * dz/dx` instead. `out` may be `tile` itself.
+    With `z = T(tile)`: `coefficients * exp(z - reference) * damping`, and `label_gradients` as they
+    are at the label's column. `out` may be `tile` itself.
     """
     n_rows, width = tile.shape
     if n_rows == 0:
         return
+    block = _block(width, ROW_BLOCK)
     with on(tile.device):
-        _gradient_tile_kernel[(n_rows, triton.cdiv(width, ELEMENTS))](
+        _gradient_tile_kernel[(n_rows, triton.cdiv(width, block))](
             tile,
             None if labels is None else labels.contiguous(),
-            lse.contiguous(),
-            probability_coefficients.contiguous(),
-            label_coefficients.contiguous(),
+            reference.contiguous(),
+            coefficients.contiguous(),
+            label_gradients.contiguous(),
             out,
             width,
             vocab_start,
             tile.stride(0),
             out.stride(0),
             **transform_arguments(transform),
-            BLOCK=ELEMENTS,
-            num_warps=ELEMENT_WARPS,
+            EVEN=width % block == 0,
+            BLOCK=block,
+            num_warps=_warps(block, LOGITS_PER_WARP),
         )
+
+
+def _block(width: int, largest: int) -> int:
+    return min(max(triton.next_power_of_2(width), MIN_BLOCK), largest)
+
+
+def _warps(block: int, logits_per_warp: int) -> int:
+    return max(1, block // logits_per_warp)
+
+
+def _width_and_stride(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else (matrix.shape[1], matrix.stride(0))
 
 
 @triton.jit(do_not_specialize=["vocab_start"])
 def _fold_tile_kernel(
     tile_ptr,  # (n, w)
     labels_ptr,  # (n,) or None
-    maximum_ptr,  # (n,)
+    reference_ptr,  # (n,)
     sum_exp_ptr,  # (n,)
     target_logit_ptr,  # (n,)
     rest_ptr,  # (n,) or None
     shortfall_ptr,  # (n,), or None with rest_ptr
     exponentials_ptr,  # (n, w) or None
-    rescale_ptr,  # (n,), or None with exponentials_ptr
-    width, vocab_start, tile_stride, exponentials_stride, logit_scale, softcap, temperature,
-    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    first_ptr,  # (n, first_width) or None: what was made of earlier exponentials
+    second_ptr,  # (n, second_width) or None: likewise
+    width, vocab_start, tile_stride, exponentials_stride, first_width, first_stride,
+    second_width, second_stride, inner, outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, EVEN: tl.constexpr,
+    SEVERAL_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, EARLIER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: a sweep for the maximum, and one for the exponentials."""
+    """One row. It is read once; what does not fit into one block is read twice."""
     row = tl.program_id(0).to(tl.int64)
     tile_ptr += row * tile_stride
+    if exponentials_ptr is not None:
+        exponentials_ptr += row * exponentials_stride
     label = -1
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + row) - vocab_start
+        label = _label_column(labels_ptr + row, vocab_start, width)
+        if label >= 0:
+            x = tl.load(tile_ptr + label)
+            z, _ = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
+            tl.store(target_logit_ptr + row, z)
+            # No thread goes on to overwrite the tile before all have read the label's logit.
+            tl.debug_barrier()
 
-    largest = tl.full((BLOCK,), -float("inf"), tl.float32)
-    target_logit = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(tile_ptr + column, mask=column < width, other=0.0)
-        z, _ = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-        target_logit += tl.where(column == label, z, 0.0)
-        counted = (column < width) & (column != label)
-        largest = tl.maximum(largest, tl.where(counted, z, -float("inf")))
-    if labels_ptr is not None:
-        in_tile = (label >= 0) & (label < width)
-        tl.store(target_logit_ptr + row, tl.sum(target_logit, axis=0), mask=in_tile)
-    old_maximum = tl.load(maximum_ptr + row)
-    # At least the finite start, so that no difference below is NaN when every logit is -inf.
-    maximum = tl.maximum(old_maximum, tl.max(largest, axis=0))
-
-    sums = tl.zeros((BLOCK,), tl.float32)
-    tops = tl.zeros((BLOCK,), tl.float32)
-    shortfalls = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(tile_ptr + column, mask=column < width, other=0.0)
-        z, slope = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-        counted = (column < width) & (column != label)
-        exponential = tl.where(counted, tl.exp(z - maximum), 0.0)
-        if rest_ptr is None:
-            sums += exponential
-        else:
-            is_top = counted & (z == maximum)
-            exponential_of_rest = tl.where(is_top, 0.0, exponential)
-            tops += tl.where(is_top, 1.0, 0.0)
-            sums += exponential_of_rest
-            # 0 times -inf would be NaN.
-            shortfalls += exponential_of_rest * tl.minimum(maximum - z, FAR)
-        if exponentials_ptr is not None:
-            out_ptrs = exponentials_ptr + row * exponentials_stride + column
-            tl.store(out_ptrs, exponential * slope, mask=column < width)
-    rise = maximum - old_maximum
-    rescale = tl.exp(-rise)
+    z, damping = _logits(
+        tile_ptr, 0, width, label, inner, outer,
+        labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
+    )  # fmt: skip
+    largest = tl.max(z, axis=0)
+    if SEVERAL_BLOCKS:
+        for start in range(BLOCK, width, BLOCK):
+            later, _ = _logits(
+                tile_ptr, start, width, label, inner, outer,
+                labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.max(later, axis=0))
+    old_reference = tl.load(reference_ptr + row)
     old_sum = tl.load(sum_exp_ptr + row)
-    tile_sum = tl.sum(sums, axis=0)
+    # The start is finite, so no difference is NaN while every logit is -inf.
+    headroom: tl.constexpr = HEADROOM if rest_ptr is None else 0.0
+    rises = largest - old_reference > headroom
+    reference = tl.where(rises, largest, old_reference)
+    rescale = exp(old_reference - reference)
+
+    tile_sum = 0.0
+    tops = 0.0
+    tile_shortfall = 0.0
+    for start in range(0, width if SEVERAL_BLOCKS else BLOCK, BLOCK):
+        if SEVERAL_BLOCKS:
+            z, damping = _logits(
+                tile_ptr, start, width, label, inner, outer,
+                labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
+            )  # fmt: skip
+        block_sum, block_tops, block_shortfall = _fold_block(
+            z, damping, reference, exponentials_ptr, start, width, rest_ptr is not None, EVEN, BLOCK
+        )
+        tile_sum += block_sum
+        tops += block_tops
+        tile_shortfall += block_shortfall
     if rest_ptr is not None:
-        tile_tops = tl.sum(tops, axis=0)
         # The largest so far becomes one of the rest where this tile has a larger one, which is out.
-        raised = tl.where(rise > 0.0, 1.0, 0.0)
-        rest = (tl.load(rest_ptr + row) + raised) * rescale + (tile_sum + (tile_tops - raised))
+        raised = tl.where(rises, 1.0, 0.0)
+        rest = (tl.load(rest_ptr + row) + raised) * rescale + (tile_sum + (tops - raised))
         tl.store(rest_ptr + row, rest)
+        rise = tl.minimum(reference - old_reference, FAR)
         shortfall = (tl.load(shortfall_ptr + row) + rise * old_sum) * rescale
-        tl.store(shortfall_ptr + row, shortfall + tl.sum(shortfalls, axis=0))
-        tile_sum += tile_tops
+        tl.store(shortfall_ptr + row, shortfall + tile_shortfall)
+        tile_sum += tops
     tl.store(sum_exp_ptr + row, old_sum * rescale + tile_sum)
-    tl.store(maximum_ptr + row, maximum)
-    if exponentials_ptr is not None:
-        tl.store(rescale_ptr + row, rescale)
+    if rises:
+        tl.store(reference_ptr + row, reference)
+        if first_ptr is not None:
+            _rescale_row(first_ptr + row * first_stride, first_width, rescale, EARLIER_BLOCK)
+        if second_ptr is not None:
+            _rescale_row(second_ptr + row * second_stride, second_width, rescale, EARLIER_BLOCK)
 
 
 @triton.jit(do_not_specialize=["vocab_start"])
 def _gradient_tile_kernel(
     tile_ptr,  # (n, w)
     labels_ptr,  # (n,) or None
-    lse_ptr,  # (n,)
-    probability_coefficients_ptr,  # (n,)
-    label_coefficients_ptr,  # (n,)
+    reference_ptr,  # (n,)
+    coefficients_ptr,  # (n,)
+    label_gradients_ptr,  # (n,)
     out_ptr,  # (n, w)
-    width, vocab_start, tile_stride, out_stride, logit_scale, softcap, temperature,
-    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    width, vocab_start, tile_stride, out_stride, inner, outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of one row."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(tile_ptr + row * tile_stride + column, mask=column < width, other=0.0)
-    z, slope = transform_logits(x, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    probability = tl.exp(z - tl.load(lse_ptr + row))
-    gradient = tl.load(probability_coefficients_ptr + row) * probability
+    start = tl.program_id(1) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    # The label's own logit is not hidden: it may lie far above the reference, but is overwritten.
+    z, damping = _logits(
+        tile_ptr + row * tile_stride, start, width, -1, inner, outer,
+        False, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
+    )  # fmt: skip
+    gradient = exp(z - tl.load(reference_ptr + row)) * tl.load(coefficients_ptr + row) * damping
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + row) - vocab_start
-        gradient = tl.where(column == label, tl.load(label_coefficients_ptr + row), gradient)
-    tl.store(out_ptr + row * out_stride + column, gradient * slope, mask=column < width)
+        label = _label_column(labels_ptr + row, vocab_start, width)
+        if (label >= start) & (label < start + BLOCK):
+            at_label = tl.load(label_gradients_ptr + row)
+            gradient = tl.where(column == label, at_label, gradient)
+    _store(out_ptr + row * out_stride, column, gradient, width, EVEN)
+
+
+@triton.jit
+def _label_column(label_ptr, vocab_start, width):
+    """The column of a row's label in the tile, -1 if it is in none."""
+    label = tl.load(label_ptr) - vocab_start
+    return tl.where((label >= 0) & (label < width), label, -1).to(tl.int32)
+
+
+@triton.jit
+def _logits(
+    row_ptr, start, width, label, inner, outer,
+    HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits (BLOCK,) of a row from `start` on, and their damping.
+
+    They are -inf at the label and past the end of the row.
+    """
+    column = start + tl.arange(0, BLOCK)
+    if EVEN:
+        x = tl.load(row_ptr + column)
+    else:
+        x = tl.load(row_ptr + column, mask=column < width, other=0.0)
+    z, damping = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
+    if not EVEN:
+        z = tl.where(column < width, z, -float("inf"))
+    if HAS_LABELS:
+        # Few tiles hold a row's label: only there are columns compared with it.
+        if (label >= start) & (label < start + BLOCK):
+            z = tl.where(column == label, -float("inf"), z)
+    return z, damping
+
+
+@triton.jit
+def _fold_block(
+    z, damping, reference, exponentials_ptr, start, width,
+    HAS_REST: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a block's exponentials; their sum, and with HAS_REST three numbers.
+
+    These are the sum without logits that equal the reference, the number of such logits, and the
+    shortfall.
+    """
+    exponential = exp(z - reference)
+    tops = 0.0
+    shortfall = 0.0
+    summed = exponential
+    if HAS_REST:
+        is_top = z == reference
+        # One each, but NaN where the largest is infinite.
+        tops = tl.sum(tl.where(is_top, exponential, 0.0), axis=0)
+        summed = tl.where(is_top, 0.0, exponential)
+        # 0 times -inf would be NaN.
+        shortfall = tl.sum(summed * tl.minimum(reference - z, FAR), axis=0)
+    if exponentials_ptr is not None:
+        column = start + tl.arange(0, BLOCK)
+        _store(exponentials_ptr, column, exponential * damping, width, EVEN)
+    return tl.sum(summed, axis=0), tops, shortfall
+
+
+@triton.jit
+def _store(row_ptr, column, values, width, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(row_ptr + column, values)
+    else:
+        tl.store(row_ptr + column, values, mask=column < width)
+
+
+@triton.jit
+def _rescale_row(row_ptr, width, factor, BLOCK: tl.constexpr):
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        values = tl.load(row_ptr + column, mask=column < width).to(tl.float32)
+        # Before a row's first finite logit there is nothing, whatever was in memory.
+        values = tl.where(factor > 0.0, values * factor, 0.0)
+        tl.store(row_ptr + column, values, mask=column < width)

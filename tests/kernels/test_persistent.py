@@ -13,6 +13,7 @@ from against_torch import (
     QUIET,
     Transform,
     examples,
+    offsets,
     randint,
     randn,
     spread,
@@ -56,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     hidden_size=st.sampled_from([8, 32, 104]),
     vocab_size=st.sampled_from([1, 5, 64, 300, 700]),
     dtype=st.sampled_from(FLOATS),
-    has_bias=st.booleans(),
+    offset=st.none() | offsets,
     has_labels=st.booleans(),
     gathers=st.booleans(),
     transform=transforms,
@@ -66,7 +67,7 @@ def test_it_is_as_good_as_torch(
     hidden_size: int,
     vocab_size: int,
     dtype: torch.dtype,
-    has_bias: bool,
+    offset: float | None,
     has_labels: bool,
     gathers: bool,
     transform: Transform,
@@ -76,7 +77,7 @@ def test_it_is_as_good_as_torch(
     check_projection(
         randn(0, 150 if gathers else n, hidden_size, dtype=dtype),
         randn(1, vocab_size, hidden_size, dtype=dtype),
-        randn(2, vocab_size, dtype=dtype) if has_bias else None,
+        None if offset is None else randn(2, vocab_size, dtype=dtype) + offset,
         randint(3, vocab_size, n) if has_labels else None,
         randint(4, 150, n) if gathers else None,
         transform,
@@ -108,9 +109,12 @@ def test_a_small_row_after_a_large_one(value: float) -> None:
     hidden = torch.full((3 * block, 16), value, device=DEVICE, dtype=torch.float16)
     hidden[:block] = 100
     weight = randn(1, 700, 16, dtype=torch.float16).abs().clamp(min=0.1)
-    _, found = logsumexp.projection_logsumexp(hidden, weight, None, None, None, Transform())
-    exact = (hidden.double() @ weight.double().T).logsumexp(-1)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    reference, sum_exp, _ = logsumexp.projection_logsumexp(
+        hidden, weight, None, None, None, Transform()
+    )
+    z = hidden.double() @ weight.double().T
+    found = reference.double() + sum_exp.log()
+    torch.testing.assert_close(found, z.logsumexp(-1), rtol=1e-5, atol=0)
 
 
 def test_the_tile_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:

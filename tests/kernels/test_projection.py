@@ -6,14 +6,17 @@ from against_torch import (
     DEVICE,
     FLOATS,
     INF,
+    NAN,
     QUIET,
     Transform,
     assert_as_good_as_torch,
     examples,
     label_and_rest,
+    offsets,
     randint,
     randn,
     spread,
+    sum_above,
     transforms,
 )
 from hypothesis import given
@@ -33,18 +36,19 @@ def check_projection(
     rows: Tensor | None,
     transform: Transform = Transform(),  # noqa: B008
 ) -> None:
-    actual = projection_logsumexp(hidden, weight, bias, labels, rows, transform)
+    reference, sum_exp, target = projection_logsumexp(hidden, weight, bias, labels, rows, transform)
+    assert reference.dtype == sum_exp.dtype == target.dtype == torch.float32
+    assert (sum_exp >= 1).logical_or(sum_exp == 0).all(), "the reference is the largest logit"
 
     def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         chosen = hidden if rows is None else hidden[rows]
         x = chosen.to(dtype) @ weight.to(dtype).T
         return label_and_rest(transform(x if bias is None else x + bias.to(dtype)), labels)
 
-    exact, by_torch = plain(torch.float64), plain(hidden.dtype)
-    names = ("target_logit", "lse_other")
-    for name, *tensors in zip(names, actual, exact, by_torch, strict=True):
-        assert tensors[0].dtype == torch.float32
-        assert_as_good_as_torch(name, *tensors)
+    (exact_target, exact), (torch_target, own) = plain(torch.float64), plain(hidden.dtype)
+    assert_as_good_as_torch("target_logit", target, exact_target, torch_target)
+    sums = sum_above(reference, exact), sum_above(reference, own)
+    assert_as_good_as_torch("sum_exp", sum_exp, *sums)
 
 
 @examples
@@ -53,7 +57,7 @@ def check_projection(
     hidden_size=st.sampled_from([1, 7, 32, 64, 100]),
     vocab_size=st.sampled_from([1, 5, 128, 300]),
     dtype=st.sampled_from(FLOATS),
-    has_bias=st.booleans(),
+    offset=st.none() | offsets,
     has_labels=st.booleans(),
     gathers=st.booleans(),
     transform=transforms,
@@ -63,7 +67,7 @@ def test_projection_logsumexp(
     hidden_size: int,
     vocab_size: int,
     dtype: torch.dtype,
-    has_bias: bool,
+    offset: float | None,
     has_labels: bool,
     gathers: bool,
     transform: Transform,
@@ -71,7 +75,7 @@ def test_projection_logsumexp(
     check_projection(
         randn(0, 80 if gathers else n, hidden_size, dtype=dtype),
         randn(1, vocab_size, hidden_size, dtype=dtype),
-        randn(2, vocab_size, dtype=dtype) if has_bias else None,
+        None if offset is None else randn(2, vocab_size, dtype=dtype) + offset,
         randint(3, vocab_size, n) if has_labels else None,
         randint(4, 80, n) if gathers else None,
         transform,
@@ -98,9 +102,9 @@ def test_projection_of_labels_outside_the_vocabulary() -> None:
     labels = torch.tensor([-100, -1, 5, 7, 128, 2**32 + 1, 4], device=DEVICE)
     hidden, weight = randn(0, 7, 8), randn(1, 5, 8)
     check_projection(hidden, weight, None, labels, None)
-    target, lse = projection_logsumexp(hidden, weight, None, labels, None, Transform())
+    _, sum_exp, target = projection_logsumexp(hidden, weight, None, labels, None, Transform())
     assert target.isnan().tolist() == [True] * 6 + [False]
-    assert lse.isfinite().all()
+    assert sum_exp.isfinite().all()
 
 
 def test_projection_with_masked_vocabulary() -> None:
@@ -125,17 +129,30 @@ def test_labels_far_above_the_rest() -> None:
 
 def test_projection_of_a_vocabulary_of_one() -> None:
     labels = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    target, lse = projection_logsumexp(
+    reference, sum_exp, target = projection_logsumexp(
         randn(0, 2, 4), randn(1, 1, 4), None, labels, None, Transform()
     )
-    assert torch.nn.functional.logsigmoid(target - lse).tolist() == [0.0, 0.0]
+    assert reference.isfinite().all()
+    assert target.isfinite().all()
+    assert sum_exp.tolist() == [0.0, 0.0]
 
 
 def test_projection_of_no_rows() -> None:
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
     hidden, weight = randn(0, 3, 4), randn(1, 5, 4)
-    target, lse = projection_logsumexp(hidden, weight, None, nothing, nothing, Transform())
-    assert target.shape == lse.shape == (0,)
+    found = projection_logsumexp(hidden, weight, None, nothing, nothing, Transform())
+    assert [one.shape for one in found] == [(0,)] * 3
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_what_is_not_finite_shows(value: float) -> None:
+    """In the sum of its row, wherever its tile and split are."""
+    hidden, weight = randn(0, 3, 8), randn(1, 400, 8)
+    for column in (0, 130, 399):
+        bias = torch.zeros(400, device=DEVICE)
+        bias[column] = value
+        _, sum_exp, _ = projection_logsumexp(hidden, weight, bias, None, None, Transform())
+        assert sum_exp.isnan().all()
 
 
 def test_offsets_past_32_bits() -> None:
