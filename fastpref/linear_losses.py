@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastpref import losses
@@ -176,8 +177,18 @@ def _tokens(
     **options: Any,  # of `linear_logps`
 ) -> Tokens:
     check_labels(labels, hidden)
-    ignore_index, compact = options["ignore_index"], options["compact"]
-    labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
-    check_token_weights(token_weights, labels)
-    logps = linear_logps(hidden, head, labels, **options)
-    return Tokens(logps, labels != ignore_index, cu_seqlens, token_weights)
+    ignore_index = options["ignore_index"]
+
+    def pairs(*, read: bool) -> tuple[Tensor, Tensor | None]:
+        return check_pairs(labels, cu_seqlens, ignore_index, read=read)
+
+    # Wrong boundaries spoil the labels, so the host, which reads these, need not read both.
+    reads_boundaries = options["compact"] and torch.compiler.is_compiling()
+    checked, boundaries = pairs(read=reads_boundaries)
+    check_token_weights(token_weights, checked)
+    try:
+        logps = linear_logps(hidden, head, checked, **options)
+    except ValueError:
+        pairs(read=True)  # says what is wrong with them, if it is they
+        raise
+    return Tokens(logps, checked != ignore_index, boundaries, token_weights)
