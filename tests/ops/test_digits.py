@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fastpref
 from fastpref import Head, linear_logps, linear_logps_with_stats
 
-VOCAB, WIDTH, ROWS = 600, 16, 40
+VOCAB, WIDTH, ROWS = 600, 16, 24
 SCRATCH = [0, 10**7]
 KINDS = [(False, 0), (True, 0), (True, 10**7)]  # whether the head trains, scratch_bytes
 
@@ -116,6 +116,8 @@ def test_an_ignored_row_of_anything_reaches_no_gradient(trained, scratch_bytes, 
         assert torch.equal(one, other)
 
 
+# Triton's interpreter computes in numpy, which warns of inf - inf.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
 @pytest.mark.parametrize("at", ["label", "another"])
 @pytest.mark.parametrize(("trained", "scratch_bytes"), KINDS)
 def test_an_infinite_logit_is_nan_as_in_full_logits(trained, scratch_bytes, at):
