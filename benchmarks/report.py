@@ -104,8 +104,8 @@ def print_report(console: Console, report: dict[str, Any], rows: list[Measuremen
         console.print(note, style="red", markup=False)
     console.print("Peak extra memory: beyond inputs and returned gradients; 1 MB = 1e6 bytes.")
     console.print(
-        "x floor: time as a multiple of the matrix products that nobody can do without (frozen\n"
-        "head 2, trained 3), by torch.mm in this run."
+        "x floor: time as a multiple of the matrix products that nobody can do without\n"
+        "(frozen head 2, trained 3), by torch.mm in this run."
     )
     console.print("Errors of the gradients: relative to a float64 run. More: benchmarks/README.md")
 
