@@ -85,8 +85,8 @@ def replaced(
         assert out.shape == (left.shape[0], right.shape[1])
         steps.append(
             Product(
-                _part(right, weight), *left.shape, right.shape[1], given["add"],
-                left.dtype.itemsize, out.dtype.itemsize,
+                _part(right, weight), left.shape[0], left.shape[1], right.shape[1],
+                given["add"], left.dtype.itemsize, out.dtype.itemsize,
             )
         )  # fmt: skip
 
@@ -144,7 +144,7 @@ def _over_logits(name: str, tile: Tensor, nbytes: int) -> Kernel:
     return Kernel(name, tuple(tile.shape), nbytes, tile.numel())
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch's own
     """Record PyTorch's own operations on tensors without data."""
 
     ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -154,7 +154,7 @@ class Counting(TorchDispatchMode):
     PLACING = ("scatter_", "index_copy_", "index_add_", "index_put_")
 
     def __init__(self, steps: list[Step]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's own
         self.steps = steps
 
     def __torch_dispatch__(

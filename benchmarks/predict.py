@@ -42,11 +42,11 @@ class Case(NamedTuple):
     mode: Mode
     scratch_bytes: int = 0
 
-    def title(self) -> str:
-        """For tables."""
-        scratch = f", {self.scratch_bytes // MEBIBYTE} MiB of scratch"
-        mode = {"no-grad": "no gradient", "frozen": "frozen head", "trained": "trained head"}
-        return mode[self.mode] + (scratch if self.mode == "trained" else "")
+    def name(self) -> str:
+        """The mode, for tables."""
+        if self.mode == "trained":
+            return f"trained, {self.scratch_bytes // MEBIBYTE} MiB"
+        return "no gradient" if self.mode == "no-grad" else "frozen"
 
     def contender(self) -> str | None:
         """Its key in `speed.py`'s results."""
@@ -91,6 +91,7 @@ def main(
         typer.Option(
             metavar="FILE.json",
             help="Results of speed.py, whose times stand beside the predictions; if it is there.",
+            show_default="benchmarks/results/speed-cuda.json",
         ),
     ] = RESULTS / "speed-cuda.json",
     summary: Annotated[bool, typer.Option("--summary", help="Leave the phases out.")] = False,
@@ -110,14 +111,17 @@ def main(
     whole = summary_table(itself, dtype)
     for shape in heads:
         for count in counts:
+            whole.add_row(f"[bold]{shape.name}, {count} tokens")
             for case in cases(shape, count, budgets):
                 found = predict(case, itself, numbers)
                 if not summary:
                     console.print(phase_table(case, found, itself, numbers))
                 whole.add_row(*_summary_cells(case, found, itself, numbers, measured))
+            whole.add_section()
     console.print(whole)
+    console.print("MiB: of scratch. floor: 1, 2 and 3 products at the device's rate.")
     if not measured:
-        console.print(f"No measurements: there is no {results.name}.", style="red")
+        console.print(f"Nothing measured: there is no {results.name}.", style="red")
 
 
 def parse_scratch(text: str) -> list[int]:
@@ -207,7 +211,7 @@ def phase_table(case: Case, found: list[Phase], device: Device, dtype: torch.dty
     """One row for each phase, and their sum."""
     total = sum(phase.seconds for phase in found)
     table = Table(
-        title=f"{case.shape.name}, {case.tokens} tokens, {case.title()}",
+        title=f"{case.shape.name}, {case.tokens} tokens, {case.name()}",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -255,7 +259,7 @@ def _summary_cells(
 ) -> list[str]:
     total, floor = sum(phase.seconds for phase in found), floor_seconds(case, device, dtype)
     cells = [
-        f"{case.shape.name}, {case.tokens}, {case.title()}",
+        f"  {case.name()}",
         _milliseconds(floor), _milliseconds(total), f"{total / floor:.3f}",
     ]  # fmt: skip
     row = measured.get((case.shape.key, case.tokens, case.mode, case.contender() or ""))
