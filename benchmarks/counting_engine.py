@@ -73,8 +73,11 @@ def replaced(
 
     A GPU of so many `processors` is pretended. With `weight`, products are named for their part.
     """
-    from fastpref.ops import backend, operands, tiling  # noqa: F401  # they must be there to patch
+    # What is to be replaced must have been imported.
+    from fastpref.ops import backend, linear_logps_op  # noqa: F401
 
+    if has_triton := backend.triton is not None:
+        from fastpref.kernels import logsumexp  # noqa: F401
     signature = inspect.signature(backend.multiply)
 
     def multiply(*args: Any, **kwargs: Any) -> None:
@@ -116,7 +119,7 @@ def replaced(
         everywhere("tile_functions", lambda tensor: functions),
         everywhere("projection_logsumexp", projection_logsumexp),
         everywhere("operand_dtype", lambda tensor: tensor.dtype),
-        everywhere("uses_triton", lambda tensor: tensor.dtype != torch.float64),
+        everywhere("uses_triton", lambda tensor: has_triton and tensor.dtype != torch.float64),
         everywhere("multiprocessors", lambda device: processors),
     ):
         yield
@@ -216,7 +219,6 @@ def count_steps(
     processors: int = 132,
 ) -> tuple[list[Step], list[Step]]:
     """What the forward and the backward pass of `linear_logps` do; every token has a label."""
-    from fastpref.kernels import logsumexp  # noqa: F401  # its function is one to replace
     from fastpref.ops.linear_logps_op import (
         Found,
         gradient_by_jacobian,

@@ -16,7 +16,7 @@ PRODUCTS = {  # peer: with a frozen head, with a trained one
     "TRL ChunkedLogProb": (3, 4),
     "Liger scaled cross-entropy": (4, 4),  # where its kernels do not run, as on a CPU
     "Liger fused DPO": (2, 3),
-    "fastpref": (2, 4),
+    "fastpref": (2, 3),
     "fastpref, scratch_bytes=0": (2, 4),
 }
 
