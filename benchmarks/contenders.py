@@ -8,6 +8,8 @@ measures and a library that is not installed shows as an `ImportError` of its ow
 import functools
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +27,12 @@ Mode = Literal["no-grad", "frozen", "trained"]
 MODES: tuple[Mode, ...] = ("no-grad", "frozen", "trained")
 PASSES: dict[Mode, int] = {"no-grad": 1, "frozen": 2, "trained": 3}  # the fewest matrix products
 
-SCRATCH = 512 * 2**20  # bytes
+# The commands that bring each library where `peers` has none; CuTe DSL compiles Liger's and Quack's
+# kernels for Hopper.
+LIGER_CUTE = "pip install 'liger-kernel[cutedsl]>=0.8.5'"
+QUACK = "pip install 'quack-kernels>=0.6.5'"
+CCE = "pip install cut-cross-entropy==25.1.1"
+CCE_FOLDER = "CCE_MAIN"  # environment variable: a copy of the main branch of CCE's repository
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Contender:
     modes: tuple[Mode, ...] = MODES
     needs_cuda: bool = False
     compiles: bool = False  # by torch.compile, at the first call for some sizes
+    install: str = ""  # the command that brings its library
 
 
 def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -88,20 +96,43 @@ def liger_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
 def cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Cut Cross-Entropy as it comes: blocks of small probabilities are left out of gradients."""
-    cut: Any = importlib.import_module("cut_cross_entropy")
-    losses: Tensor = cut.linear_cross_entropy(hidden, weight, labels, reduction="none")
+    losses: Tensor = _cce()(hidden, weight, labels, reduction="none")
     return -losses.float()
 
 
 def cce_exact(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cut Cross-Entropy without its filter, with float32 sums in the versions that have them."""
-    cut: Any = importlib.import_module("cut_cross_entropy")
-    known = inspect.signature(cut.linear_cross_entropy).parameters
-    wide = {name: True for name in ("accum_e_fp32", "accum_c_fp32") if name in known}
-    losses: Tensor = cut.linear_cross_entropy(
-        hidden, weight, labels, reduction="none", filter_eps=None, **wide
-    )
+    """Cut Cross-Entropy without its filter, as wheels have it: gradients are summed in bfloat16."""
+    call = _cce()
+    if _sums_wide(call):
+        raise ImportError(
+            "this cut_cross_entropy is not the wheel, and sums in float32 if asked to"
+        )
+    losses: Tensor = call(hidden, weight, labels, reduction="none", filter_eps=None)
     return -losses.float()
+
+
+def cce_main(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cut Cross-Entropy of its repository's main branch: no filter, gradients summed in float32."""
+    # Every contender has a process of its own, so nobody else sees this path.
+    if (folder := os.environ.get(CCE_FOLDER)) and folder not in sys.path:
+        sys.path.insert(0, folder)
+    call = _cce()
+    if not _sums_wide(call):
+        raise ImportError("this cut_cross_entropy has no float32 sums, which its main branch has")
+    losses: Tensor = call(
+        hidden, weight, labels,
+        reduction="none", filter_eps=None, accum_e_fp32=True, accum_c_fp32=True,
+    )  # fmt: skip
+    return -losses.float()
+
+
+def _cce() -> Callable[..., Tensor]:
+    call: Callable[..., Tensor] = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return call
+
+
+def _sums_wide(call: Callable[..., Tensor]) -> bool:
+    return "accum_e_fp32" in inspect.signature(call).parameters
 
 
 def quack(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -111,11 +142,27 @@ def quack(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def fastpref(hidden: Tensor, weight: Tensor, labels: Tensor, *, scratch_bytes: int = 0) -> Tensor:
-    """Call `fastpref.linear_logps` as it comes, or with scratch."""
+def quack_full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Quack's loss of every token: full logits in bfloat16, and its kernel for the softmax."""
+    module: Any = importlib.import_module("quack.linear_cross_entropy")
+    losses: Tensor = module.linear_cross_entropy_func(
+        hidden, weight, None, labels, reduction="none"
+    )
+    return -losses.float()
+
+
+def fastpref(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call `fastpref.linear_logps` as it comes."""
     from fastpref import linear_logps
 
-    return linear_logps(hidden, weight, labels, scratch_bytes=scratch_bytes)
+    return linear_logps(hidden, weight, labels)
+
+
+def fastpref_least(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call `fastpref.linear_logps` in the least memory: backward computes all logits again."""
+    from fastpref import linear_logps
+
+    return linear_logps(hidden, weight, labels, scratch_bytes=0)
 
 
 def fastpref_tvkd(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -132,13 +179,20 @@ CONTENDERS = {
         Contender("full", "full logits", peers.full_logits_logps),
         Contender("fastpref", "fastpref", fastpref),
         Contender(
-            "fastpref-scratch",
-            "fastpref, 512 MiB scratch",
-            functools.partial(fastpref, scratch_bytes=SCRATCH),
+            "fastpref-least",
+            "fastpref, scratch_bytes=0",
+            fastpref_least,
             modes=("trained",),  # a frozen head has no use for scratch
         ),
+        Contender("compile", "full logits, torch.compile", compiled, compiles=True),
         Contender(
             "fastpref-tvkd", "fastpref tvkd_loss", fastpref_tvkd, gives="pairs", modes=GRADIENTS
+        ),
+        Contender(
+            "liger-scaled",
+            "Liger scaled cross-entropy",
+            peers.liger_scaled_logps,
+            install=LIGER_CUTE,
         ),
         Contender(
             "liger-ce",
@@ -146,8 +200,16 @@ CONTENDERS = {
             liger_cross_entropy,
             gives="sum",
             needs_cuda=True,
+            install=peers.LIGER,
         ),
-        Contender("liger-dpo", "Liger fused DPO", liger_dpo, gives="pairs", modes=GRADIENTS),
+        Contender(
+            "liger-dpo",
+            "Liger fused DPO",
+            liger_dpo,
+            gives="pairs",
+            modes=GRADIENTS,
+            install=peers.LIGER,
+        ),
         Contender(
             "liger-dpo-compiled",
             "Liger fused DPO, compiled",
@@ -156,12 +218,30 @@ CONTENDERS = {
             modes=GRADIENTS,
             compiles=True,
             needs_cuda=True,  # not really, but compiling it would take most of a CPU's minutes
+            install=peers.LIGER,
         ),
-        Contender("cce", "CCE, filtered (default)", cce, needs_cuda=True),
-        Contender("cce-exact", "CCE, exact", cce_exact, modes=GRADIENTS, needs_cuda=True),
-        Contender("quack", "Quack", quack, gives="sum", needs_cuda=True),
-        Contender("trl", "TRL ChunkedLogProb", peers.trl_chunked_logps),
-        Contender("torch", "torch linear_cross_entropy", peers.torch_chunked_logps),
-        Contender("compile", "full logits, torch.compile", compiled, compiles=True),
+        Contender("cce", "CCE, filtered (default)", cce, needs_cuda=True, install=CCE),
+        Contender(
+            "cce-exact",
+            "CCE 25.1, exact, bf16 sums",
+            cce_exact,
+            modes=GRADIENTS,
+            needs_cuda=True,
+            install=CCE,
+        ),
+        Contender(
+            "cce-main",
+            "CCE main, exact, fp32 sums",
+            cce_main,
+            modes=GRADIENTS,
+            needs_cuda=True,
+            install=f"{CCE_FOLDER}=FOLDER with a copy of github.com/apple/ml-cross-entropy",
+        ),
+        Contender("quack", "Quack", quack, gives="sum", needs_cuda=True, install=QUACK),
+        Contender("quack-full", "Quack, full logits", quack_full, needs_cuda=True, install=QUACK),
+        Contender("trl", "TRL ChunkedLogProb", peers.trl_chunked_logps, install=peers.TRL),
+        Contender(
+            "torch", "torch linear_cross_entropy", peers.torch_chunked_logps, install=peers.TORCH
+        ),
     )
 }

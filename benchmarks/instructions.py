@@ -28,6 +28,7 @@ from fastpref.kernels.numerics import Transform
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TILE_WIDTH = 4096
+ROWS = 16  # of a tile, one block of the grid each
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -64,7 +65,8 @@ def recording(module: ModuleType, name: str) -> Iterator[list[Launch]]:
     class Recorder:
         def __getitem__(self, grid: object) -> Any:
             def launch(*args: object, **kwargs: Any) -> None:
-                options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+                known = [key for key in ("num_warps", "num_stages") if key in kwargs]
+                options: dict[str, int] = {key: kwargs.pop(key) for key in known}
                 bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
                 launches.append(Launch(kernel, dict(bound.arguments), options))
 
@@ -113,27 +115,31 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def fold_launch(dtype: torch.dtype, transform: Transform, width: int = TILE_WIDTH) -> Launch:
     """A tile with labels is folded, and its exponentials are written in `dtype`."""
-    rows = 16
-    numbers = [torch.empty(rows) for _ in range(3)]
-    exponentials = torch.empty(rows, width, dtype=dtype)
+    tile, labels, start = _tile(width)
+    reference, sum_exp, target_logit = (torch.empty(ROWS) for _ in range(3))
     with recording(tiles, "_fold_tile_kernel") as launches:
-        tiles.fold_tile(*_tile(rows, width), transform, *numbers, exponentials=exponentials)
+        tiles.fold_tile(
+            tile, labels, start, transform, reference, sum_exp, target_logit,
+            exponentials=torch.empty(ROWS, width, dtype=dtype),
+        )  # fmt: skip
     return launches[0]
 
 
 def gradient_launch(dtype: torch.dtype, transform: Transform, width: int = TILE_WIDTH) -> Launch:
     """The gradient of a tile with labels is written in `dtype`."""
-    rows = 16
-    numbers = [torch.empty(rows) for _ in range(3)]
-    out = torch.empty(rows, width, dtype=dtype)
+    tile, labels, start = _tile(width)
+    reference, coefficients, label_gradients = (torch.empty(ROWS) for _ in range(3))
     with recording(tiles, "_gradient_tile_kernel") as launches:
-        tiles.gradient_tile(*_tile(rows, width), transform, *numbers, out)
+        tiles.gradient_tile(
+            tile, labels, start, transform, reference, coefficients, label_gradients,
+            torch.empty(ROWS, width, dtype=dtype),
+        )  # fmt: skip
     return launches[0]
 
 
-def _tile(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _tile(width: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """A tile, labels and the tile's first column."""
-    return torch.empty(rows, width), torch.zeros(rows, dtype=torch.int64), width
+    return torch.empty(ROWS, width), torch.zeros(ROWS, dtype=torch.int64), width
 
 
 def instructions_per_logit(launch: Launch, target: GPUTarget = HOPPER) -> float:
@@ -157,7 +163,8 @@ def instructions_per_logit(launch: Launch, target: GPUTarget = HOPPER) -> float:
     for goals in [*([index] for index in milestones), end]:
         steps, here = _shortest(followers, here, goals)
         total += steps
-    return total * 32 * launch.options["num_warps"] / launch.arguments["BLOCK"]
+    threads = 32 * launch.options["num_warps"]
+    return total * threads / int(launch.arguments["BLOCK"])
 
 
 def machine_code(cubin: bytes) -> list[Instruction]:
@@ -204,5 +211,5 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, option, file.name]
+        command = [str(tool), option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

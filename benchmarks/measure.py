@@ -16,7 +16,7 @@ from typing import Literal
 import psutil
 import torch
 from inputs import InputError, load_batch
-from peers import PEERS, Peer
+from peers import PEERS, Peer, why_missing
 from reference import reference_file, save_references
 from torch import Tensor
 
@@ -61,6 +61,7 @@ class Measurement:
     loss_error: float | None = None
     hidden_grad_error: float | None = None
     weight_grad_error: float | None = None
+    floor_ratio: float | None = None  # filled in when the floor of the whole run is known
 
 
 def run(job: Job) -> Iterator[Measurement]:
@@ -102,8 +103,7 @@ def _measure_job(job: Job, sender: Connection) -> None:
         try:
             row = _measure_point(job, tokens)
         except ImportError as error:
-            # What follows the bracket is a path on this machine.
-            row = _row(job, tokens, "missing", str(error).split(" (")[0])
+            row = _row(job, tokens, "missing", why_missing(error, PEERS[job.peer].install))
         except Exception as error:  # another project's error is a result to show
             row = _row(job, tokens, "failed", _one_line(error))
         sender.send(row)

@@ -2,12 +2,16 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from contenders import PASSES, Mode
+from floor import Floor
+from head_shapes import HeadShape
 from inputs import (
     ROWS,
     SHIPPED_PAIRS,
@@ -21,13 +25,16 @@ from inputs import (
 )
 from measure import Job, Measurement, run, run_references
 from peers import BETA, PEERS
+from points import run_floors
 from report import describe_run, plot, print_report, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+from speed_report import better_floors
 
 RESULTS = Path(__file__).with_name("results")
 DEFAULT_TOKENS = {"cpu": "500,1500,3000", "cuda": "4096,8192,16384"}
-HEADS = ("frozen", "trained")
+HEADS: tuple[Mode, ...] = ("frozen", "trained")
+FLOOR_SECONDS = {"cpu": 3.0, "cuda": 0.5}  # for the products of one token count
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -72,7 +79,8 @@ def main(
 
     Compares fastpref with full logits in plain PyTorch, PyTorch's chunked linear_cross_entropy,
     TRL's chunked log-probabilities and Liger's fused DPO loss, each in a process of its own, with
-    a frozen and with a trained language-model head. Prints a table and writes JSON and a plot.
+    a frozen and with a trained language-model head. Times are also given as multiples of the
+    matrix products that nobody can do without. Prints a table and writes JSON and a plot.
 
     Takes about eight minutes on two CPU cores; --tokens 500 takes two. With an NVIDIA GPU it runs
     there and adds the head shapes of Llama-3.2-1B and Gemma-3-1B with random numbers.
@@ -124,7 +132,7 @@ def measure_all(
 ) -> tuple[dict[str, Any], list[Measurement]]:
     """Measure every peer on every head; return what the run was and its rows."""
     jobs_per_head = sum(len(peer.heads) for peer in PEERS.values())
-    steps_per_head = 2 + len(counts) * jobs_per_head
+    steps_per_head = 4 + len(counts) * jobs_per_head
     row_length = counts[-1] // ROWS
     sources: dict[str, Callable[[], Batch]] = {
         model or SMOLLM2: partial(real_batch, model, pairs, row_length)
@@ -133,6 +141,7 @@ def measure_all(
         sources |= {name: partial(synthetic_batch, name, row_length) for name in SYNTHETIC_HEADS}
     rows: list[Measurement] = []
     heads: dict[str, Any] = {}
+    floors: list[Floor] = []
     missing: dict[str, str] = {}
     columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, "{task.description}", console=console, transient=True) as progress:
@@ -156,20 +165,38 @@ def measure_all(
                 "weight": list(batch.weight.shape),
                 "dtype": str(batch.weight.dtype).removeprefix("torch."),
             }
+            shape = HeadShape(name, batch.name, batch.weight.shape[1], len(batch.weight))
+            points = [(shape, count) for count in counts]
+            before, _ = run_floors(points, device, FLOOR_SECONDS[device])
+            progress.update(task, description=f"{batch.name}: torch.mm", advance=1)
             head_rows = []
             for step, row in measure_batch(batch, counts, device):
                 progress.update(task, description=f"{batch.name}: {step}", advance=1)
                 if row is not None:
                     head_rows.append(row)
+            after, _ = run_floors(points, device, FLOOR_SECONDS[device])
+            progress.update(task, description=f"{batch.name}: torch.mm again", advance=1)
+            floors += (of_head := better_floors(before, after))
+            add_ratios(head_rows, of_head)
             rows += sorted(head_rows, key=lambda row: (row.tokens, row.head))
     settings = {"loss": "TVKD", "beta": BETA, "pairs": ROWS // 2, "pairs_file": pairs.name}
     report = describe_run() | {
         "device": device,
         "settings": settings,
         "heads": heads,
+        "floors": [asdict(floor) for floor in floors],
         "missing_models": missing,
     }
     return report, rows
+
+
+def add_ratios(rows: list[Measurement], floors: list[Floor]) -> None:
+    """Fill in every row's time as a multiple of the products that nobody can do without."""
+    seconds = {floor.tokens: floor.seconds for floor in floors}
+    passes: dict[str, int] = {head: PASSES[head] for head in HEADS}
+    for row in rows:
+        if row.seconds is not None:
+            row.floor_ratio = row.seconds / (passes[row.head] * seconds[row.tokens])
 
 
 def measure_batch(

@@ -3,7 +3,7 @@
 Every function takes the same tensors and returns the scalar loss, ready for `backward()`:
 `hidden` (2B, T, H), `weight` (V, H), `labels` (2B, T), `shaping` (2B,), rows 0..B-1 chosen. Each
 imports its library inside, so that a measured process loads only what it measures and a library
-that is not installed shows as an `ImportError` of its own row.
+that is not installed shows as an `ImportError` of its own row, with the command that brings it.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,11 @@ from torch.nn import functional
 BETA = 0.01  # the TVKD authors' value; at 0.1 the sigmoid of such long responses saturates
 IGNORE = -100
 
+# The commands that bring each library, in the versions that the functions below are written for.
+TORCH = "pip install 'torch>=2.13'"
+TRL = "pip install 'trl>=1.16,<1.17'"
+LIGER = "pip install 'liger-kernel>=0.8.5'"
+
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -27,6 +32,14 @@ class Peer:
     loss: LossFunction
     takes_shaping: bool = True  # False: it computes DPO without a reference, which is alpha = 0
     heads: tuple[str, ...] = ("frozen", "trained")
+    install: str = ""  # the command that brings its library
+
+
+def why_missing(error: ImportError, install: str) -> str:
+    """Which module is missing, and what brings it."""
+    # What follows the bracket is a path on this machine.
+    module = str(error).split(" (")[0]
+    return f"{module}; {install} brings it" if install else module
 
 
 def tvkd(logps: Tensor, shaping: Tensor, alpha: float = 1.0) -> Tensor:
@@ -91,6 +104,25 @@ def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor)
     return tvkd(trl_chunked_logps(hidden, weight, labels).sum(-1), shaping)
 
 
+def liger_scaled_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger's loss of every token, for any incoming gradient; (...) float32.
+
+    On Hopper two kernels of CuTe DSL in bfloat16; elsewhere logits of 512 tokens at a time, and
+    the head's gradient whether or not it is wanted.
+    """
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    losses: Tensor = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden.flatten(0, -2), weight, labels.flatten()
+    )
+    return -losses.float().view_as(labels)
+
+
+def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """TVKD of `liger_scaled_logps`."""
+    return tvkd(liger_scaled_logps(hidden, weight, labels).sum(-1), shaping)
+
+
 def liger_dpo(
     hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor, *, compiled: bool = False
 ) -> Tensor:
@@ -112,11 +144,11 @@ def fastpref(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) ->
     return tvkd_loss(hidden, weight, labels, shaping, beta=BETA).loss
 
 
-def fastpref_scratch(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
-    """Call fastpref with leave to keep 512 MiB of logits for the backward pass."""
+def fastpref_least(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:
+    """Call fastpref in the least memory: nothing is kept for the backward pass but inputs."""
     from fastpref import tvkd_loss
 
-    return tvkd_loss(hidden, weight, labels, shaping, beta=BETA, scratch_bytes=512 * 2**20).loss
+    return tvkd_loss(hidden, weight, labels, shaping, beta=BETA, scratch_bytes=0).loss
 
 
 BASELINE = "full logits"
@@ -124,11 +156,12 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer(BASELINE, full_logits),
-        Peer("torch linear_cross_entropy", torch_chunked),
-        Peer("TRL ChunkedLogProb", trl_chunked),
-        Peer("Liger fused DPO", liger_dpo, takes_shaping=False),
+        Peer("torch linear_cross_entropy", torch_chunked, install=TORCH),
+        Peer("TRL ChunkedLogProb", trl_chunked, install=TRL),
+        Peer("Liger scaled cross-entropy", liger_scaled, install=LIGER),
+        Peer("Liger fused DPO", liger_dpo, takes_shaping=False, install=LIGER),
         Peer("fastpref", fastpref),
         # A frozen head needs no second look at the logits, so scratch changes nothing there.
-        Peer("fastpref, 512 MiB scratch", fastpref_scratch, heads=("trained",)),
+        Peer("fastpref, scratch_bytes=0", fastpref_least, heads=("trained",)),
     )
 }

@@ -1,13 +1,14 @@
 """Measure contenders at points (a head, a number of tokens, a mode), in processes of their own."""
 
+import functools
+import math
 import multiprocessing
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,8 @@ from contenders import CONTENDERS, Contender, Gives, Mode
 from floor import Floor, measure_copy, measure_floor
 from head_shapes import HeadShape, InputSet, make_inputs
 from measure import peak_growth
-from timing import Clock, input_sets, repeat
+from peers import why_missing
+from timing import Clock, input_sets, repeat, timed
 
 # On so many tokens a contender is checked, against logits of all of them in wider numbers.
 CHECK_TOKENS = {"cuda": 512, "cpu": 128}
@@ -37,6 +39,7 @@ class Point(NamedTuple):
     shape: HeadShape
     tokens: int
     mode: Mode
+    slow: float = math.inf  # seconds; of who takes longer, one call is enough
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,7 @@ def _try_point(job: Job, point: Point) -> Row:
     try:
         return _measure_point(job, point)
     except ImportError as error:
-        # What follows the bracket is a path on this machine.
-        return _row(job, point, "missing", str(error).split(" (")[0])
+        return _row(job, point, "missing", why_missing(error, CONTENDERS[job.contender].install))
     except torch.OutOfMemoryError:
         return _row(job, point, "out of memory", "")
     except Exception as error:  # another project's error is a result to show
@@ -189,12 +191,21 @@ def _measure_point(job: Job, point: Point) -> Row:
     if wrong := found.verdict(sets[0].hidden.dtype):
         row.status, row.reason = "wrong", wrong
         return row
-    _measure_memory(row, contender, sets[0], point.mode, job.device)
-    _measure_time(row, contender, sets, point.mode, job)
+    leaves = [_leaves(inputs, point.mode) for inputs in sets]
+
+    def call(number: int, clock: Clock) -> None:
+        _call(contender, leaves[number % len(leaves)], point.mode, clock)
+
+    first = _measure_memory(row, contender, call, leaves[0], job.device)
+    if sum(first) > point.slow:
+        _add_times(row, [first])
+    else:
+        drop = functools.partial(_drop_gradients, leaves)
+        _add_times(row, repeat(call, job.device, job.seconds, between=drop))
     return row
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def _check(key: str, shape: HeadShape, mode: Mode, device: str) -> Errors:
     """Errors of a contender; the same for every number of tokens, so computed once."""
     contender = CONTENDERS[key]
@@ -203,12 +214,12 @@ def _check(key: str, shape: HeadShape, mode: Mode, device: str) -> Errors:
     return errors(outcome(contender, inputs, mode), wanted)
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _expected(shape: HeadShape, gives: Gives, device: str) -> Outcome:
     return expected(make_inputs(shape, CHECK_TOKENS[device], CHECK_SEED, device), gives)
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _inputs(shape: HeadShape, tokens: int, device: str) -> list[InputSet]:
     """Sets of inputs that together exceed the last-level cache."""
     first = make_inputs(shape, tokens, 0, device)
@@ -216,51 +227,60 @@ def _inputs(shape: HeadShape, tokens: int, device: str) -> list[InputSet]:
     return [first] + [make_inputs(shape, tokens, seed, device) for seed in range(1, number)]
 
 
-def _measure_memory(
-    row: Row, contender: Contender, inputs: InputSet, mode: Mode, device: str
-) -> None:
-    """Peak memory of one call beyond its inputs and its gradients; it warms up the timing, too."""
-    if contender.compiles or device == "cuda":
-        outcome(contender, inputs, mode)  # compilers and tuners take memory, too
-    results: list[Outcome] = []
-    peak = peak_growth(
-        lambda: results.append(outcome(contender, inputs, mode)), torch.device(device)
+def _leaves(inputs: InputSet, mode: Mode) -> InputSet:
+    return inputs._replace(
+        hidden=inputs.hidden.detach().requires_grad_(mode != "no-grad"),
+        weight=inputs.weight.detach().requires_grad_(mode == "trained"),
     )
-    gradients = (results[0].hidden_grad, results[0].weight_grad)
+
+
+def _drop_gradients(leaves: list[InputSet]) -> None:
+    for leaf in leaves:
+        leaf.hidden.grad = leaf.weight.grad = None
+
+
+def _call(contender: Contender, leaf: InputSet, mode: Mode, clock: Clock) -> None:
+    """Forward and, after a tick of the clock, backward."""
+    hidden, weight, labels, coefficients = leaf
+    if mode == "no-grad":
+        with torch.no_grad():
+            contender.call(hidden, weight, labels)
+        return
+    value = scalar(contender.call(hidden, weight, labels), coefficients)
+    clock()
+    torch.autograd.backward(value)
+
+
+def _measure_memory(
+    row: Row,
+    contender: Contender,
+    call: Callable[[int, Clock], None],
+    leaf: InputSet,
+    device: str,
+) -> list[float]:
+    """Peak memory of one call beyond its inputs and its gradients; return the call's times.
+
+    It warms up the timing of others, too.
+    """
+    if contender.compiles or device == "cuda":
+        call(0, lambda: None)  # compilers and tuners take memory, too
+        _drop_gradients([leaf])
+    times: list[float] = []
+    peak = peak_growth(
+        lambda: times.extend(timed(functools.partial(call, 0), device)), torch.device(device)
+    )
+    gradients = (leaf.hidden.grad, leaf.weight.grad)
     # Memory is counted in whole pages, so that a very small call could come out below zero.
     row.peak_extra_bytes = max(peak - sum(g.nbytes for g in gradients if g is not None), 0)
+    _drop_gradients([leaf])
+    return times
 
 
-def _measure_time(
-    row: Row, contender: Contender, sets: list[InputSet], mode: Mode, job: Job
-) -> None:
-    leaves = [
-        inputs._replace(
-            hidden=inputs.hidden.detach().requires_grad_(mode != "no-grad"),
-            weight=inputs.weight.detach().requires_grad_(mode == "trained"),
-        )
-        for inputs in sets
-    ]
-
-    def drop_gradients() -> None:
-        for leaf in leaves:
-            leaf.hidden.grad = leaf.weight.grad = None
-
-    def call(number: int, clock: Clock) -> None:
-        hidden, weight, labels, coefficients = leaves[number % len(leaves)]
-        if mode == "no-grad":
-            with torch.no_grad():
-                contender.call(hidden, weight, labels)
-            return
-        value = scalar(contender.call(hidden, weight, labels), coefficients)
-        clock()
-        torch.autograd.backward(value)
-
-    times = repeat(call, job.device, job.seconds, between=drop_gradients)
+def _add_times(row: Row, times: list[list[float]]) -> None:
     totals = [sum(parts) for parts in times]
     row.forward_seconds = statistics.median(parts[0] for parts in times)
     row.backward_seconds = (
-        None if mode == "no-grad" else statistics.median(parts[1] for parts in times)
+        None if row.mode == "no-grad" else statistics.median(parts[1] for parts in times)
     )
     row.seconds = statistics.median(totals)
     row.spread = (max(totals) - min(totals)) / row.seconds

@@ -1,4 +1,4 @@
-"""The picture of `speed.py`: how much of `torch.mm`'s rate every contender keeps."""
+"""The picture of `speed.py`: every contender's time as a multiple of its floor."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from contenders import CONTENDERS, MODES, PASSES, Mode
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 OURS, BASELINE, OTHERS, CEILING = "#0072B2", "#000000", "#666666", "#D55E00"
+TICKS = (1, 1.5, 2, 3, 4, 6, 10, 20, 50, 100, 200)
 TITLES: dict[Mode, str] = {
     "no-grad": "no gradient",
     "frozen": "frozen head, forward + backward",
@@ -16,10 +17,7 @@ TITLES: dict[Mode, str] = {
 
 
 def plot_speed(json_path: Path, image_path: Path) -> None:
-    """Draw the rate of useful work from a JSON report, beside the rate of `torch.mm`.
-
-    Useful work is the floor's: a contender that multiplies more than it must is no faster for it.
-    """
+    """Draw times from a JSON report, in units of the products that nobody can do without."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -54,10 +52,14 @@ def plot_speed(json_path: Path, image_path: Path) -> None:
             fontsize=11, fontweight="bold", annotation_clip=False,
         )  # fmt: skip
     for axis in axes[-1]:
-        axis.set_xlabel(f"useful {_unit(report)[1]}")
+        axis.set_xlabel("time / floor (1 is the limit, log scale)")
     machine = report["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
-    figure.suptitle(f"Log-probabilities of labels, {report['settings']['dtype']}, {where}")
+    figure.suptitle(
+        "Log-probabilities of labels: time as a multiple of torch.mm's products\n"
+        f"{report['settings']['dtype']}, {where}",
+        fontsize=12,
+    )
     _legend(figure, report)
     figure.savefig(image_path, dpi=150)
     pyplot.close(figure)
@@ -69,12 +71,6 @@ def _colour(key: str) -> str:
     return BASELINE if key == "full" else OTHERS
 
 
-def _unit(report: dict[str, Any]) -> tuple[float, str]:
-    """FLOP/s in one unit of the axis, and its name."""
-    fastest = max(floor["flops_per_second"] for floor in report["floors"])
-    return (1e12, "TFLOP/s") if fastest > 1e12 else (1e9, "GFLOP/s")
-
-
 def _marker(report: dict[str, Any], tokens: int) -> dict[str, Any]:
     """A filled circle for the largest batch; hollow shapes for the smaller ones."""
     counts = sorted(report["settings"]["tokens"], reverse=True)
@@ -83,30 +79,33 @@ def _marker(report: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _panel(axis: Any, report: dict[str, Any], shape: str, mode: Mode, names: list[str]) -> None:
-    unit = _unit(report)[0]
-    ceiling = max(
-        floor["flops_per_second"] / unit for floor in report["floors"] if floor["shape"] == shape
-    )
-    axis.axvline(ceiling, color=CEILING, linestyle="--", linewidth=1.5, zorder=1)
+    axis.axvline(1, color=CEILING, linestyle="--", linewidth=1.5, zorder=1)
     rows = [row for row in report["rows"] if (row["shape"], row["mode"]) == (shape, mode)]
     for y, key in enumerate(names):
         of_key = [row for row in rows if row["contender"] == key]
         done = [row for row in of_key if row["status"] == "ok"]
         colour = _colour(key)
         if done:
-            fastest = max(row["useful_flops_per_second"] for row in done) / unit
-            axis.plot([0, fastest], [y, y], color=colour, linewidth=1.2, alpha=0.5, zorder=1)
+            slowest = max(row["floor_ratio"] for row in done)
+            axis.plot([1, slowest], [y, y], color=colour, linewidth=1.2, alpha=0.5, zorder=1)
         for row in done:
             style = _marker(report, row["tokens"])
             axis.scatter(
-                row["useful_flops_per_second"] / unit, y, marker=style["marker"], s=38,
+                row["floor_ratio"], y, marker=style["marker"], s=38,
                 facecolor=colour if style["filled"] else "white", edgecolor=colour, zorder=2,
             )  # fmt: skip
         if not done:
             what = of_key[0]["status"] if of_key else "–"
-            axis.text(0.02 * ceiling, y, what, va="center", fontsize=8, color=OTHERS)
-    axis.set_xlim(left=0)
-    axis.set_title(f"{TITLES[mode]} ({PASSES[mode]} x mm)", fontsize=9)
+            axis.text(1.05, y, what, va="center", fontsize=8, color=OTHERS)
+    # Who is ten times slower shall not squeeze the others into one point.
+    axis.set_xscale("log")
+    ratios = [row["floor_ratio"] or 1 for row in report["rows"] if row["shape"] == shape]
+    axis.set_xlim(0.9, 1.15 * max(ratios))
+    shown = [tick for tick in TICKS if tick <= max(ratios)]
+    axis.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axis.minorticks_off()
+    products = "1 product" if PASSES[mode] == 1 else f"{PASSES[mode]} products"
+    axis.set_title(f"{TITLES[mode]}: x of {products}", fontsize=9)
     axis.grid(axis="x", alpha=0.25)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)
@@ -115,7 +114,9 @@ def _panel(axis: Any, report: dict[str, Any], shape: str, mode: Mode, names: lis
 def _legend(figure: Any, report: dict[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=CEILING, linestyle="--", label="torch.mm in this run")]
+    handles = [
+        Line2D([], [], color=CEILING, linestyle="--", label="the floor: torch.mm in this run")
+    ]
     for tokens in sorted(report["settings"]["tokens"], reverse=True):
         style = _marker(report, tokens)
         handles.append(

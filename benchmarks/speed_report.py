@@ -12,9 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-LARGEST_DRIFT = (
-    1.15  # of one floor's time; clocks and neighbours move it by less on a quiet machine
-)
+# Of one floor's time; clocks and neighbours move it by less on a quiet machine.
+LARGEST_DRIFT = 1.15
 
 
 def add_floors(rows: list[Row], floors: list[Floor], shapes: list[HeadShape]) -> None:
@@ -46,16 +45,17 @@ def print_speed(
     for note in [*notes(rows), *drift(report["floors"])]:
         console.print(note, style="red", markup=False)
     console.print(
-        "floor: the passes that nobody can do without (no-grad 1, frozen head 2, trained 3), by "
-        "torch.mm in this run.\nextra MB: peak memory beyond inputs and gradients, 1 MB = 1e6 "
-        f"bytes. Errors: relative to a {report['settings']['errors_relative_to']} run."
+        "x floor: time as a multiple of the matrix products that nobody can do without\n"
+        "(no gradient 1 mm, frozen head 2, trained 3), by torch.mm in this run.\n"
+        "extra MB: peak memory beyond inputs and gradients, 1 MB = 1e6 bytes.\n"
+        f"Errors: relative to a {report['settings']['errors_relative_to']} run."
     )
 
 
 def table(rows: list[Row], floors: list[Floor], shapes: list[HeadShape]) -> Table:
     """Make one table: a section for each head, number of tokens and mode."""
     result = Table(
-        title="Log-probabilities of labels: time, floor, memory, errors",
+        title="Log-probabilities of labels: time as a multiple of its floor, memory, errors",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,

@@ -51,6 +51,7 @@ def register(
         op.register_fake(fake)
     return pair
 
+
 NO_LABEL = -1  # of a row that is projected without one
 
 

@@ -9,7 +9,7 @@ import points
 import pytest
 import torch
 from check import Outcome, errors, expected, outcome
-from contenders import CONTENDERS, MODES, Contender, cce, cce_exact
+from contenders import CONTENDERS, MODES, Contender, cce, cce_exact, cce_main
 from head_shapes import HeadShape, make_inputs
 from peers import full_logits_logps
 from points import Job, Point, run
@@ -156,27 +156,102 @@ def test_cuda_only_contenders_are_named_without_starting_anything():
     assert "CUDA" in rows[0].reason
 
 
-@pytest.mark.parametrize("version", ["with float32 sums", "without"])
-def test_cce_is_asked_for_exact_gradients_in_every_version(monkeypatch, version):
-    asked = []
-
-    def new(e, c, targets, *, reduction, filter_eps="auto", accum_e_fp32=False, accum_c_fp32=False):
-        asked.append((filter_eps, accum_e_fp32, accum_c_fp32))
-        return -full_logits_logps(e, c, targets)
-
-    def old(e, c, targets, *, reduction, filter_eps="high"):
-        asked.append((filter_eps,))
-        return -full_logits_logps(e, c, targets)
-
-    module = ModuleType("cut_cross_entropy")
-    module.linear_cross_entropy = new if version == "with float32 sums" else old
+def asked_of(monkeypatch, module):
+    """What each contender asks of one version of CCE, or the reason why it is missing."""
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
     inputs = make_inputs(SHAPE, 32, 0, "cpu")
     want = full_logits_logps(*inputs[:3])
-    torch.testing.assert_close(cce(*inputs[:3]), want)
-    torch.testing.assert_close(cce_exact(*inputs[:3]), want)
-    assert asked == (
-        [("auto", False, False), (None, True, True)]
-        if version == "with float32 sums"
-        else [("high",), (None,)]
+    found = []
+    for call in (cce, cce_exact, cce_main):
+        module.asked = None
+        try:
+            torch.testing.assert_close(call(*inputs[:3]), want)
+        except ImportError as error:
+            module.asked = str(error)
+        found.append(module.asked)
+    return found
+
+
+def test_cce_of_the_wheel_sums_in_bfloat16(monkeypatch):
+    module = ModuleType("cut_cross_entropy")
+
+    def call(e, c, targets, *, reduction, filter_eps="high"):
+        module.asked = filter_eps
+        return -full_logits_logps(e, c, targets)
+
+    module.linear_cross_entropy = call
+    found = asked_of(monkeypatch, module)
+    assert found[:2] == ["high", None]
+    assert "no float32 sums" in found[2]
+
+
+def test_cce_of_the_main_branch_sums_in_float32(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("CCE_MAIN", str(tmp_path))
+    module = ModuleType("cut_cross_entropy")
+
+    def call(
+        e, c, targets, *, reduction, filter_eps="auto", accum_e_fp32=False, accum_c_fp32=False
+    ):
+        module.asked = (filter_eps, accum_e_fp32, accum_c_fp32)
+        return -full_logits_logps(e, c, targets)
+
+    module.linear_cross_entropy = call
+    found = asked_of(monkeypatch, module)
+    assert found[0] == ("auto", False, False)
+    assert "is not the wheel" in found[1]
+    assert found[2] == (None, True, True)
+    assert sys.path[0] == str(tmp_path)
+
+
+def test_losses_of_tokens_become_log_probabilities(monkeypatch):
+    """Quack runs on GPUs only; here its functions are stood for by full logits."""
+    package, module = ModuleType("quack"), ModuleType("quack.linear_cross_entropy")
+
+    def whole(x, weight, bias, target, *, reduction):
+        assert bias is None and reduction == "none"
+        return -full_logits_logps(x, weight, target)
+
+    def chunked(x, weight, target, *, reduction):
+        assert reduction == "sum"
+        return -full_logits_logps(x, weight, target).sum()
+
+    module.linear_cross_entropy_func, module.chunked_linear_cross_entropy = whole, chunked
+    monkeypatch.setitem(sys.modules, "quack", package)
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", module)
+    inputs = make_inputs(SHAPE, 32, 0, "cpu")
+    for key in ("quack", "quack-full"):
+        wanted = expected(inputs, CONTENDERS[key].gives)
+        found = errors(outcome(CONTENDERS[key], inputs, "trained"), wanted)
+        assert found.verdict(torch.float32) == ""
+
+
+def test_who_is_missing_is_named_with_the_command_that_brings_it(monkeypatch):
+    def call(*tensors):
+        import no_such_library  # noqa: F401  # its absence is the test
+
+    contender = Contender("absent", "absent", call, install="pip install no-such-library")
+    monkeypatch.setitem(CONTENDERS, "absent", contender)
+    sent = Sent()
+    points._measure_job(job("absent", "frozen"), sent)
+    assert sent[0].status == "missing"
+    assert sent[0].reason == (
+        "No module named 'no_such_library'; pip install no-such-library brings it"
     )
+
+
+@pytest.mark.parametrize(("slow", "repeats"), [(0.0, 1), (60.0, 5)])
+def test_one_call_of_who_is_slow(monkeypatch, slow, repeats):
+    calls = []
+
+    def counted(hidden, weight, labels):
+        calls.append(len(hidden))
+        return full_logits_logps(hidden, weight, labels)
+
+    monkeypatch.setitem(CONTENDERS, "counted", Contender("counted", "counted", counted))
+    sent = Sent()
+    point = Point(SHAPE, 32, "trained", slow=slow)
+    points._measure_job(Job("counted", [point], "cpu", 60.0, time.time() + 600), sent)
+    assert sent[0].repeats == repeats
+    assert calls.count(32) == (1 if repeats == 1 else 1 + repeats)
+    assert 0 < sent[0].forward_seconds < sent[0].seconds

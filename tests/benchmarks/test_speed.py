@@ -124,6 +124,7 @@ def test_table_shows_ratios_and_says_who_is_missing_or_wrong(rows, floors):
         print_speed(console, report, rows, floors, [SHAPE])
     text = capture.get()
     assert "3.00" in text and "2.00" in text
+    assert "floor: 2 mm" in text and "floor: 3 mm" in text
     assert "wrong: relative error 0.5 in the value" in text
     assert "out of" in text
     assert "torch.mm took up to 2.00x as long" in text
