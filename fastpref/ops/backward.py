@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastpref.ops.backend import multiply, tile_functions
 from fastpref.ops.operands import Logits
-from fastpref.ops.tiling import KeptTiles, carve, grid_by_columns
-from fastpref.ops.torch_tiles import write_at_labels
+from fastpref.ops.tiling import KeptTiles, carve
 
 
 class LogitGradients(NamedTuple):
@@ -35,7 +34,7 @@ def gradients(
     The vocabulary is the outer loop, so each stretch of the weight's gradient is finished at once.
     """
     sums = given.reference
-    grid = grid_by_columns(*logits.shape(), sums)
+    grid = logits.grid_by_columns(sums)
     hidden, weight = logits.hidden_of(slice(0, grid.rows)), logits.weight
     scratch = grid.tile_buffer(sums)
     buffer = scratch
@@ -73,7 +72,7 @@ def _fill(
     scratch: Tensor,
 ) -> None:
     """Gradients of some rows' projections on some columns, from kept tiles or computed again."""
-    gradient_tile = tile_functions(logits.hidden).gradient_tile
+    functions = tile_functions(logits.hidden)
     for columns in tiles.grid.column_blocks(stretch_columns):
         kept = tiles.tile(columns)
         across = slice(columns.start - stretch_columns.start, columns.stop - stretch_columns.start)
@@ -82,15 +81,15 @@ def _fill(
             labels = logits.labels_of(rows)
             reference, coefficients, of_labels = (one[rows] for one in given)
             if kept is None:
-                gradient_tile(
+                functions.gradient_tile(
                     logits.project(hidden[rows], columns, scratch), labels, columns.start,
                     logits.transform, reference, coefficients, of_labels, out,
                 )  # fmt: skip
-                continue
-            scale = coefficients * torch.exp(kept.reference[rows] - reference)
-            torch.mul(kept.exponentials[rows], scale.unsqueeze(1), out=out)
-            if labels is not None:
-                write_at_labels(out, labels, columns.start, of_labels)
+            else:
+                functions.gradient_of_kept_tile(
+                    kept.exponentials[rows], labels, columns.start, kept.reference[rows],
+                    reference, coefficients, of_labels, out,
+                )  # fmt: skip
 
 
 def _total(

@@ -11,7 +11,7 @@ from fastpref.ops.backend import multiply, operand_dtype, statistics_dtype, tile
 from fastpref.ops.linear_stats_op import Partial, Sums, merge, partial_of_rows
 from fastpref.ops.operands import Logits, Operands
 from fastpref.ops.running import Running
-from fastpref.ops.tiling import KeptTiles, carve, grid_by_columns, grid_by_rows
+from fastpref.ops.tiling import KeptTiles, carve, grid_by_rows
 
 # Each reading gives running numbers (3, n), the fields of `Running`, and where wanted stats (n, 3):
 # entropy, the largest logit, the label's; else (n, 0).
@@ -41,7 +41,7 @@ def read_by_tiles(
     """Fold the vocabulary into the running numbers of every row: one matrix product."""
     fold_tile = tile_functions(logits.hidden).fold_tile
     running = _start(logits, stats=stats)
-    grid = grid_by_columns(*logits.shape(), running)
+    grid = logits.grid_by_columns(running)
     scratch = grid.tile_buffer(running)
     tiles = KeptTiles(cache, grid, operand_dtype(logits.hidden), scratch.dtype)
     for rows in grid.row_blocks():
@@ -59,17 +59,32 @@ def read_by_tiles(
 
 
 def read_with_jacobian(logits: Logits, jacobian: Tensor, *, stats: bool = False) -> Reading:
-    """Read, and write (N, H) ``d logps / d hidden`` (without labels ``d lse / d hidden``).
+    """Read, and write (n, H) ``d logps / d hidden`` (without labels ``d lse / d hidden``).
 
-    Rows that are not read keep what they have. Two matrix products: as in flash attention, tiles of
-    exponentials meet their stretch of the weight at once, relative to a reference that later tiles
-    may raise.
+    Two matrix products: as in flash attention, tiles of exponentials meet their stretch of the
+    weight at once, relative to a reference that later tiles may raise.
     """
-    fold_tile = tile_functions(logits.hidden).fold_tile
     running = _start(logits, stats=stats)
-    width = logits.hidden.shape[1]
+    _sum_weights(running, logits, jacobian, stats=stats)
+    state = Running.of(running)
+    if logits.labels is None:
+        # The sum is 0 only where every logit is -inf, and then so is the total.
+        smallest = torch.finfo(jacobian.dtype).tiny
+        factor = logits.transform.factor / state.sum_exp.clamp_min(smallest)
+        jacobian.mul_(factor.unsqueeze(1))
+    else:
+        shares = state.shares()
+        jacobian.mul_((-logits.transform.factor * shares.unit).unsqueeze(1))
+        slope = logits.transform.slope(state.target_logit) * shares.others
+        jacobian.addcmul_(logits.weight_of_labels(), slope.unsqueeze(1))
+    return _finish(running, logits, stats=stats)
+
+
+def _sum_weights(running: Tensor, logits: Logits, sums: Tensor, *, stats: bool) -> None:
+    """Fold the vocabulary, and write its rows' sums (n, H), weighted by their exponentials."""
+    fold_tile = tile_functions(logits.hidden).fold_tile
     count, vocab_size = logits.shape()
-    grid = grid_by_rows(count, width, vocab_size, running)
+    grid = grid_by_rows(count, logits.hidden.shape[1], vocab_size, running)
     scratch = grid.tile_buffer(running)
     operands = operand_dtype(logits.hidden)
     buffer = scratch
@@ -77,8 +92,7 @@ def read_with_jacobian(logits: Logits, jacobian: Tensor, *, stats: bool = False)
         buffer = grid.operand_buffer(scratch.new_empty(0, dtype=operands))
     for rows in grid.row_blocks():
         state = running[:, rows].unbind()
-        hidden = logits.hidden_of(rows)
-        total = scratch.new_empty(len(hidden), width)
+        hidden, total = logits.hidden_of(rows), sums[rows]
         for stretch in grid.column_stretches():
             operand = carve(buffer, len(hidden), stretch.stop - stretch.start)
             summed = [total] if stretch.start > 0 else []
@@ -91,26 +105,6 @@ def read_with_jacobian(logits: Logits, jacobian: Tensor, *, stats: bool = False)
                     earlier=[operand[:, :start], *summed] if start > 0 else summed,
                 )  # fmt: skip
             multiply(operand, logits.weight[stretch], total, add=stretch.start > 0)
-        _finish_jacobian(total, Running.of(running[:, rows]), logits, rows)
-        if logits.rows is None:
-            jacobian[rows] = total
-        else:
-            jacobian.index_copy_(0, logits.rows[rows], total)
-    return _finish(running, logits, stats=stats)
-
-
-def _finish_jacobian(total: Tensor, running: Running, logits: Logits, rows: slice) -> None:
-    """Turn sums of exponentials times the weight's rows (k, H) into derivatives, in place."""
-    if logits.labels is None:
-        # The sum is 0 only where every logit is -inf, and then so is the total.
-        smallest = torch.finfo(total.dtype).tiny
-        factor = logits.transform.factor / running.sum_exp.clamp_min(smallest)
-        total.mul_(factor.unsqueeze(1))
-        return
-    shares = running.shares()
-    total.mul_((-logits.transform.factor * shares.unit).unsqueeze(1))
-    slope = logits.transform.slope(running.target_logit) * shares.others
-    total.addcmul_(logits.weight_of_labels(rows), slope.unsqueeze(1))
 
 
 def _start(logits: Logits, *, stats: bool) -> Tensor:

@@ -29,9 +29,9 @@ class Found(NamedTuple):
 
     logps: Tensor  # (N,), with labels
     lse: Tensor  # (N,)
-    jacobian: Tensor  # (N, H), with ``jacobian``
+    jacobian: Tensor  # (N, H), with ``jacobian``; of the first n, if n rows are read
     stats: Tensor  # (N, 3), with ``stats``
-    running: Tensor  # (3, N), the fields of `Running`; of the first n, if n rows are read
+    running: Tensor  # (3, N), the fields of `Running`; likewise
     rows: Tensor  # (N,) int64, which rows these are, if labels are chosen
     n_rows: Tensor  # (1,) int64 on the host: n, if labels are chosen
     cache: Tensor  # uint8, with ``scratch_bytes``
@@ -53,10 +53,9 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
 
     operands, ignored = operands.without_ignored()
     if wants_jacobian:
-        if rows is not None:
-            found.jacobian.zero_()
+        found.jacobian[read:] = 0
         running, stats = read_with_jacobian(
-            operands.logits(rows), found.jacobian, stats=wants_stats
+            operands.logits(rows), found.jacobian[:read], stats=wants_stats
         )
     elif uses_triton(operands.hidden) and operands.hidden.itemsize == 2 and not scratch_bytes:
         running, stats = read_by_kernel(operands, rows, stats=wants_stats)
@@ -177,7 +176,7 @@ linear_logps_backward_ops = register(
 
 
 def gradient_by_jacobian(*arguments: Any) -> Tensor:
-    """Gradient of hidden (N, H) from the Jacobian (N, H) of the log-probabilities.
+    """Gradient of hidden (N, H) from the Jacobian (n, H) of the log-probabilities.
 
     Without labels the Jacobian is that of the logsumexp, which else is the label's logit less its
     log-probability.
@@ -186,23 +185,23 @@ def gradient_by_jacobian(*arguments: Any) -> Tensor:
     autograd would make of a second derivative here is wrong, and it says so instead.
     """
     operands, (from_logps, from_lse, running, rows, n_rows, jacobian) = Operands.split(arguments)
-    hidden, labels = operands.hidden, operands.labels
-    gradient = torch.empty_like(jacobian, dtype=hidden.dtype)
-    if labels is None or from_lse is None:
-        coefficients = from_lse if labels is None else from_logps
-        return torch.mul(coefficients.unsqueeze(1), jacobian, out=gradient)
-    operands, ignored = operands.without_ignored()
     rows = rows_read(operands, rows, n_rows)
-    coefficients = -from_lse if from_logps is None else from_logps - from_lse
-    total = jacobian * coefficients.unsqueeze(1)
-    target_logit = running[2, : operands.count(rows)]
-    of_labels = _incoming(from_lse, rows, target_logit) * operands.transform().slope(target_logit)
+    read, count = operands.count(rows), operands.hidden.shape[0]
+    jacobian, target_logit = jacobian[:read], running[2, :read]
+    gradient = torch.empty_like(jacobian, dtype=operands.hidden.dtype)
+    if operands.labels is None or from_lse is None:
+        given = from_lse if operands.labels is None else from_logps
+        coefficients = _incoming(given, rows, target_logit)
+        torch.mul(coefficients.unsqueeze(1), jacobian, out=gradient)
+        return spread(gradient, rows, count)
+    operands, ignored = operands.without_ignored()
+    from_lse, from_logps = (_incoming(one, rows, target_logit) for one in (from_lse, from_logps))
+    of_labels = from_lse * operands.transform().slope(target_logit)
     if ignored is not None:
         of_labels = of_labels.masked_fill(ignored, 0)
-    label_rows = operands.logits(rows).weight_of_labels(slice(None))
-    part = label_rows.to(total.dtype).mul_(of_labels.unsqueeze(1))
-    total = total.add_(part) if rows is None else total.index_add_(0, rows, part)
-    return gradient.copy_(total)
+    total = jacobian * (from_logps - from_lse).unsqueeze(1)
+    total.addcmul_(operands.logits(rows).weight_of_labels(), of_labels.unsqueeze(1))
+    return spread(gradient.copy_(total), rows, count)
 
 
 def _hidden_gradient(hidden: Tensor, *_: Any) -> Tensor:

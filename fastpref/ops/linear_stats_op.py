@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastpref.ops.backend import statistics_dtype, uses_triton
 from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread
-from fastpref.ops.tiling import grid_by_columns
 from fastpref.ops.torch_tiles import label_columns, largest
 
 
@@ -131,7 +130,7 @@ def _partial(logits: Logits, sums: Sums) -> tuple[Partial, Tensor]:
     """The same in PyTorch, tile by tile."""
     count, vocab_size = logits.shape()
     scratch = logits.hidden.new_empty(0, dtype=statistics_dtype(logits.hidden.dtype))
-    grid = grid_by_columns(count, vocab_size, scratch)
+    grid = logits.grid_by_columns(scratch)
     scratch = grid.tile_buffer(scratch)
     numbers = scratch.new_empty(len(Partial._fields), count)
     target_logit = scratch.new_full((0 if logits.labels is None else count,), math.nan)

@@ -11,7 +11,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from fastpref.ops.backend import multiply, operand_dtype
-from fastpref.ops.tiling import carve
+from fastpref.ops.tiling import Tiling, carve, grid_by_columns
 from fastpref.ops.torch_tiles import LogitTransform
 
 # The fields of `Operands`, as a schema has them: all operators with a head begin with these.
@@ -90,10 +90,15 @@ class Logits(NamedTuple):
         """Labels of one tile's rows."""
         return None if self.labels is None else self.labels[rows]
 
-    def weight_of_labels(self, rows: slice) -> Tensor:
-        """Rows (k, H) of the weight; of any token for a label outside the vocabulary."""
+    def weight_of_labels(self) -> Tensor:
+        """Rows (n, H) of the weight; of any token for a label outside the vocabulary."""
         assert self.labels is not None
-        return take(self.weight, self.labels[rows].clamp(0, self.weight.shape[0] - 1))
+        return take(self.weight, self.labels.clamp(0, self.weight.shape[0] - 1))
+
+    def grid_by_columns(self, like: Tensor) -> Tiling:
+        """The tiles of these logits for the head's gradient, and for what is kept for it."""
+        (count, vocab_size), hidden_size = self.shape(), self.hidden.shape[1]
+        return grid_by_columns(count, hidden_size, vocab_size, like)
 
 
 class Operands(NamedTuple):

@@ -13,7 +13,7 @@ ROWS_PER_TILE = 4096
 # A CPU tile stays in the last-level cache between two matrix products; a GPU tile gives one product
 # enough work to fill the device.
 CPU_TILE_BYTES = 12 * 2**20
-ACCELERATOR_TILE_BYTES = 64 * 2**20
+ACCELERATOR_TILE_BYTES = 128 * 2**20
 # On a GPU several tiles are the operand of one second product, which the more columns it sums over
 # the more seldom reads and writes what it adds to.
 ACCELERATOR_OPERAND_BYTES = 128 * 2**20
@@ -92,14 +92,24 @@ def grid_by_rows(rows: int, hidden_size: int, vocab_size: int, like: Tensor) -> 
     return _accelerator_grid(rows, vocab_size, row_step, columns, across, row_step)
 
 
-def grid_by_columns(rows: int, vocab_size: int, like: Tensor) -> Tiling:
-    """For what is finished of some columns before the next ones begin: the head's gradient."""
+def grid_by_columns(rows: int, hidden_size: int, vocab_size: int, like: Tensor) -> Tiling:
+    """For what is finished of some columns before the next ones begin: the head's gradient.
+
+    On a GPU that is one product of a stretch of columns with ``hidden_size`` others.
+    """
     if like.device.type == "cpu":
         return _cpu_grid(rows, vocab_size, like)
     row_step = _even_step(rows, ROWS_PER_TILE)
-    stretch = max(_columns(ACCELERATOR_OPERAND_BYTES, rows, 2), 8 * COLUMN_MULTIPLE)
-    columns = min(stretch, _columns(ACCELERATOR_TILE_BYTES, row_step, like.dtype.itemsize))
-    return _accelerator_grid(rows, vocab_size, row_step, columns, stretch // columns, rows)
+    widest = max(_columns(ACCELERATOR_OPERAND_BYTES, rows, 2), 8 * COLUMN_MULTIPLE)
+    stretch = max(
+        range(widest, widest // 2, -COLUMN_MULTIPLE),
+        key=lambda width: min(_occupancy(width, hidden_size, like.device), FULL_ENOUGH),
+    )
+    # Half of what one reading of the vocabulary may use: the sums of all rows are there, too.
+    largest = _columns(ACCELERATOR_TILE_BYTES // 2, row_step, like.dtype.itemsize)
+    across = -(-stretch // largest)
+    columns = _columns(stretch, across, 1)
+    return _accelerator_grid(rows, vocab_size, row_step, columns, across, rows)
 
 
 def _cpu_grid(rows: int, vocab_size: int, like: Tensor) -> Tiling:

@@ -1,7 +1,7 @@
 """What happens to one tile of projections between two matrix products, in plain PyTorch.
 
 A tile holds ``hidden @ weight[start:end].T + bias[start:end]`` for some rows and a stretch of the
-vocabulary. `fastpref.kernels.tiles` has the same two functions as Triton kernels.
+vocabulary. `fastpref.kernels.tiles` has the same functions as Triton kernels.
 """
 
 from __future__ import annotations
@@ -151,6 +151,23 @@ def gradient_tile(
     if labels is not None:
         write_at_labels(gradient, labels, vocab_start, label_gradients)
     out.copy_(gradient)
+
+
+def gradient_of_kept_tile(
+    exponentials: Tensor,  # (n, w) as `fold_tile` wrote them, damped
+    labels: Tensor | None,  # (n,) int64
+    vocab_start: int,
+    kept_reference: Tensor,  # (n,), to which they are relative
+    reference: Tensor,  # (n,), of all tiles
+    coefficients: Tensor,  # (n,)
+    label_gradients: Tensor,  # (n,)
+    out: Tensor,  # (n, w) in the dtype of matrix products
+) -> None:
+    """As `gradient_tile`, of a tile that the forward pass kept."""
+    scale = coefficients * torch.exp(kept_reference - reference)
+    torch.mul(exponentials, scale.unsqueeze(1), out=out)
+    if labels is not None:
+        write_at_labels(out, labels, vocab_start, label_gradients)
 
 
 def write_at_labels(

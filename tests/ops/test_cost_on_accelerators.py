@@ -127,7 +127,7 @@ def read_rows(rows: int, ignored: int) -> Tensor:
 def test_blocks_of_rows_are_alike(rows):
     for grid in (
         tiling.grid_by_rows(rows, 2048, 128_256, torch.empty(0, device="meta")),
-        tiling.grid_by_columns(rows, 128_256, torch.empty(0, device="meta")),
+        tiling.grid_by_columns(rows, 2048, 128_256, torch.empty(0, device="meta")),
     ):
         sizes = [block.stop - block.start for block in grid.row_blocks()]
         assert sum(sizes) == rows
@@ -140,8 +140,9 @@ def test_a_vocabulary_that_8_does_not_divide_leaves_a_tail(rows, vocab):
     """Every other operand begins and ends at whole vectors, and so do its rows."""
     like = torch.empty(0, device="meta")
     for grid in (
-        tiling.grid_by_rows(rows, 2048, vocab, like), tiling.grid_by_columns(rows, vocab, like)
-    ):  # fmt: skip
+        tiling.grid_by_rows(rows, 2048, vocab, like),
+        tiling.grid_by_columns(rows, 2048, vocab, like),
+    ):
         stretches = list(grid.column_stretches())
         assert [one.start for one in stretches[1:]] == [one.stop for one in stretches[:-1]]
         assert stretches[0].start == 0 and stretches[-1].stop == vocab
@@ -155,6 +156,9 @@ def test_a_vocabulary_that_8_does_not_divide_leaves_a_tail(rows, vocab):
 @pytest.mark.parametrize("width", [576, 1152, 2048, 4096])
 def test_second_products_fill_the_device(width):
     """Gemma's 1152 columns are 160 blocks on 132 multiprocessors with 4096 rows: 61 %."""
-    grid = tiling.grid_by_rows(16_384, width, 128_256, torch.empty(0, device="meta"))
-    blocks = -(-grid.row_step // 128) * -(-width // 256)
-    assert blocks / 132 / -(-blocks // 132) >= 0.9
+    like = torch.empty(0, device="meta")
+    by_rows = tiling.grid_by_rows(16_384, width, 262_144, like)
+    by_columns = tiling.grid_by_columns(16_384, width, 262_144, like)
+    for rows in (by_rows.row_step, by_columns.column_step * by_columns.tiles_across):
+        blocks = -(-rows // 128) * -(-width // 256)
+        assert blocks / 132 / -(-blocks // 132) >= 0.9
