@@ -36,6 +36,16 @@ WIDTHS = [1, 6, 40, 128, 1030]
 HEADROOM = 10.0
 
 
+def logits_around(offset: float, transform: Transform, n: int, width: int) -> Tensor:
+    """Projections (n, width). A soft cap would flatten an offset, and all differences with it."""
+    return 5 * randn(0, n, width) + (offset if transform.softcap is None else 0.0)
+
+
+def exponents(z: Tensor, transform: Transform) -> Tensor:
+    """What goes into `exp`: differences, but a soft cap rounds the logits themselves."""
+    return z if transform.softcap else (z - z.amax(1, keepdim=True)).nan_to_num(neginf=0.0)
+
+
 def with_damping(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and what a soft cap leaves of their slope."""
     x = x.detach().requires_grad_()
@@ -83,7 +93,7 @@ def test_fold_tile(
 ) -> None:
     """Tile after tile, and beside the exponentials a product with them, as callers make it."""
     vocab_size = sum(widths)
-    x = 5 * randn(0, n, vocab_size) + offset
+    x = logits_around(offset, transform, n, vocab_size)
     if masked:
         x[:, : vocab_size // 2 + 1] = -INF
     weight = randn(5, vocab_size, 3)
@@ -91,23 +101,25 @@ def test_fold_tile(
     labels = randint(1, vocab_size + 2, n) - 1 if has_labels else None
     numbers = start(n, stats)
     product = torch.zeros(n, 3, device=DEVICE)
-    written = torch.empty(
-        n, vocab_size, device=DEVICE, dtype=dtype if isinstance(dtype, torch.dtype) else None
-    )
+    written = torch.empty(n, vocab_size, device=DEVICE)
     end = 0
     for width in widths:
         columns = slice(end, end + width)
         # Views with row strides of their own.
         earlier = (product, written[:, :end]) if end else ()
-        tile = written[:, columns].copy_(x[:, columns]) if dtype == "tile" else x[:, columns]
-        exponentials = None if dtype is None else written[:, columns]
+        tile, exponentials = x[:, columns], None
+        if dtype == "tile":
+            tile = exponentials = written[:, columns].copy_(tile)
+        elif dtype is not None:
+            exponentials = torch.empty_like(tile, dtype=dtype)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiles, "ROW_BLOCK", block[0])
             patch.setattr(tiles, "WIDE_ROW_BLOCK", block[1])
             five = numbers if stats else [*numbers, None, None]
             fold_tile(tile, labels, end, transform, *five, exponentials, earlier)
         if exponentials is not None:
-            product += exponentials.float() @ weight[columns]
+            written[:, columns] = exponentials
+            product += written[:, columns] @ weight[columns]
         end += width
 
     reference, sum_exp, target_logit = numbers[:3]
@@ -120,7 +132,7 @@ def test_fold_tile(
     assert (below <= (0.0 if stats else HEADROOM) + allowed).all()
     assert (below >= (0.0 if stats else LOWEST) - allowed).all()
     sums = sum_above(reference, z), sum_above(reference, own_z)
-    assert_as_good_as_torch("sum_exp", sum_exp, *sums)
+    assert_as_good_as_torch("sum_exp", sum_exp, *sums, exponents(z, transform))
     if stats:
         for name, found, exact, own in zip(
             ("rest", "shortfall"),
@@ -129,7 +141,7 @@ def test_fold_tile(
             rest_and_shortfall(transform(x), labels),
             strict=True,
         ):
-            assert_as_good_as_torch(name, found, exact, own, below_top(z))
+            assert_as_good_as_torch(name, found, exact, own, exponents(z, transform))
     if dtype is not None:
 
         def shares(of: Tensor) -> Tensor:
@@ -138,15 +150,11 @@ def test_fold_tile(
             return share.masked_fill(of.isneginf(), 0.0)
 
         exact, own = shares(x.double()), shares(x)
-        of_product = exact @ weight.double(), rounded(own, written.dtype).float() @ weight
-        assert_as_good_as_torch("product", product, *of_product, below_top(z))
-        own = rounded(own, written.dtype)
-        assert_as_good_as_torch("exponentials", written, exact, own, below_top(z))
-
-
-def below_top(z: Tensor) -> Tensor:
-    """How far logits are below the largest of their row, which is what goes into `exp`."""
-    return (z - z.amax(1, keepdim=True)).nan_to_num(neginf=0.0)
+        if isinstance(dtype, torch.dtype):
+            own = rounded(own, dtype).float()
+        products = exact @ weight.double(), own @ weight
+        assert_as_good_as_torch("product", product, *products, exponents(z, transform))
+        assert_as_good_as_torch("exponentials", written, exact, own, exponents(z, transform))
 
 
 @examples
@@ -171,7 +179,7 @@ def test_gradient_tile(
     transform: Transform,
 ) -> None:
     vocab_start = 48
-    tile = (5 * randn(0, n, width + 3) + offset)[:, 1 : width + 1]
+    tile = logits_around(offset, transform, n, width + 3)[:, 1 : width + 1]
     if masked:
         tile[:, : width // 2] = -INF
     # Some labels are in other tiles.
@@ -189,7 +197,7 @@ def test_gradient_tile(
         return gradient
 
     exact, own = plain(tile.double()), plain(tile)
-    argument = below_top(transform(tile.double()))
+    argument = exponents(transform(tile.double()), transform)
     out = tile if dtype == "tile" else torch.empty(n, width, device=DEVICE, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "ROW_BLOCK", block[0])
