@@ -101,6 +101,9 @@ def replaced(
     def gradient_tile(tile: Tensor, *args: Any) -> None:
         steps.append(_over_logits("gradient", tile, tile.nbytes + args[-1].nbytes))
 
+    def gradient_of_kept_tile(tile: Tensor, *args: Any) -> None:
+        steps.append(Kernel("kept tile", tuple(tile.shape), tile.nbytes + args[-1].nbytes))
+
     def projection_logsumexp(
         hidden: Tensor, weight: Tensor, bias: Any, labels: Any, rows: Any, transform: Any
     ) -> tuple[Tensor, ...]:
@@ -114,7 +117,11 @@ def replaced(
         )  # fmt: skip
         return tuple(hidden.new_empty(count, dtype=torch.float32) for _ in range(3))
 
-    functions = SimpleNamespace(fold_tile=fold_tile, gradient_tile=gradient_tile)
+    functions = SimpleNamespace(
+        fold_tile=fold_tile,
+        gradient_tile=gradient_tile,
+        gradient_of_kept_tile=gradient_of_kept_tile,
+    )
     with (
         everywhere("multiply", multiply),
         everywhere("tile_functions", lambda tensor: functions),

@@ -122,8 +122,46 @@ def gradient_tile(
         )
 
 
+def gradient_of_kept_tile(
+    exponentials: Tensor,  # (n, w), damped
+    labels: Tensor | None,  # (n,) int64
+    vocab_start: int,
+    kept_reference: Tensor,  # (n,) float32
+    reference: Tensor,  # (n,) float32
+    coefficients: Tensor,  # (n,) float32
+    label_gradients: Tensor,  # (n,) float32
+    out: Tensor,  # (n, w)
+) -> None:
+    """Write to `out` what `gradient_tile` would, of a tile that `fold_tile` left.
+
+    That is `coefficients * exp(kept_reference - reference) * exponentials`.
+    """
+    n_rows, width = exponentials.shape
+    if n_rows == 0:
+        return
+    block = _block(width, ROW_BLOCK)
+    with on(out.device):
+        _gradient_of_kept_tile_kernel[(n_rows, triton.cdiv(width, block))](
+            exponentials,
+            None if labels is None else labels.contiguous(),
+            kept_reference.contiguous(),
+            reference.contiguous(),
+            coefficients.contiguous(),
+            label_gradients.contiguous(),
+            out,
+            width,
+            vocab_start,
+            exponentials.stride(0),
+            out.stride(0),
+            EVEN=width % block == 0,
+            BLOCK=block,
+            num_warps=_warps(block, LOGITS_PER_WARP),
+        )
+
+
 def _block(width: int, largest: int) -> int:
-    return min(max(triton.next_power_of_2(width), MIN_BLOCK), largest)
+    block: int = triton.next_power_of_2(width)
+    return min(max(block, MIN_BLOCK), largest)
 
 
 def _warps(block: int, logits_per_warp: int) -> int:
@@ -240,12 +278,51 @@ def _gradient_tile_kernel(
         False, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
     )  # fmt: skip
     gradient = exp(z - tl.load(reference_ptr + row)) * tl.load(coefficients_ptr + row) * damping
+    gradient = _with_label(
+        gradient, labels_ptr, label_gradients_ptr, row, start, vocab_start, width, BLOCK
+    )
+    _store(out_ptr + row * out_stride, column, gradient, width, EVEN)
+
+
+@triton.jit(do_not_specialize=["vocab_start"])
+def _gradient_of_kept_tile_kernel(
+    exponentials_ptr,  # (n, w)
+    labels_ptr,  # (n,) or None
+    kept_reference_ptr,  # (n,)
+    reference_ptr,  # (n,)
+    coefficients_ptr,  # (n,)
+    label_gradients_ptr,  # (n,)
+    out_ptr,  # (n, w)
+    width, vocab_start, exponentials_stride, out_stride, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    exponentials_ptrs = exponentials_ptr + row * exponentials_stride + column
+    if EVEN:
+        exponentials = tl.load(exponentials_ptrs)
+    else:
+        exponentials = tl.load(exponentials_ptrs, mask=column < width, other=0.0)
+    rise = exp(tl.load(kept_reference_ptr + row) - tl.load(reference_ptr + row))
+    gradient = exponentials.to(tl.float32) * (rise * tl.load(coefficients_ptr + row))
+    gradient = _with_label(
+        gradient, labels_ptr, label_gradients_ptr, row, start, vocab_start, width, BLOCK
+    )
+    _store(out_ptr + row * out_stride, column, gradient, width, EVEN)
+
+
+@triton.jit
+def _with_label(
+    gradient, labels_ptr, label_gradients_ptr, row, start, vocab_start, width, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A block of gradients with the label's own in its column, if it is there."""
     if labels_ptr is not None:
         label = _label_column(labels_ptr + row, vocab_start, width)
         if (label >= start) & (label < start + BLOCK):
             at_label = tl.load(label_gradients_ptr + row)
-            gradient = tl.where(column == label, at_label, gradient)
-    _store(out_ptr + row * out_stride, column, gradient, width, EVEN)
+            gradient = tl.where(start + tl.arange(0, BLOCK) == label, at_label, gradient)
+    return gradient
 
 
 @triton.jit

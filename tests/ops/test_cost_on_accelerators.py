@@ -153,7 +153,7 @@ def test_a_vocabulary_that_8_does_not_divide_leaves_a_tail(rows, vocab):
             assert tiling.carve(grid.operand_buffer(like), 1, width).stride(0) % 8 == 0
 
 
-@pytest.mark.parametrize("width", [576, 1152, 2048, 4096])
+@pytest.mark.parametrize("width", [1152, 2048, 4096])
 def test_second_products_fill_the_device(width):
     """Gemma's 1152 columns are 160 blocks on 132 multiprocessors with 4096 rows: 61 %."""
     like = torch.empty(0, device="meta")
