@@ -3,19 +3,68 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import multiply, operand_dtype, statistics_dtype, tile_functions
+from fastpref.ops.backend import (
+    multiply,
+    operand_dtype,
+    statistics_dtype,
+    tile_functions,
+    uses_triton,
+)
 from fastpref.ops.linear_stats_op import Partial, Sums, merge, partial_of_rows
 from fastpref.ops.operands import Logits, Operands
-from fastpref.ops.running import Running
+from fastpref.ops.running import Running, joined, joined_stats
 from fastpref.ops.tiling import KeptTiles, carve, grid_by_rows
 
 # Each reading gives running numbers (3, n), the fields of `Running`, and where wanted stats (n, 3):
 # entropy, the largest logit, the label's; else (n, 0).
 Reading = tuple[Tensor, Tensor]
+
+
+def read(operands: Operands, rows: Tensor | None, cache: Tensor, *, stats: bool) -> Reading:
+    """Read with nothing for the backward pass but the tiles that ``cache`` holds.
+
+    What none of them covers is read by the kernel that holds no tile, where there is one. Products
+    of float32 are cuBLAS's, which has twice its rate and knows whether TF32 is allowed.
+    """
+    if not uses_triton(operands.hidden) or operands.hidden.itemsize > 2:
+        return read_by_tiles(operands.logits(rows), cache=cache, stats=stats)
+    logits, numbers = operands.logits(rows), operands.hidden.new_empty(0, dtype=torch.float32)
+    grid = logits.grid_by_columns(numbers)
+    tiles = KeptTiles(cache, grid, operand_dtype(operands.hidden), numbers.dtype)
+    kept, vocab_size = tiles.columns(), grid.vocab_size
+    if kept == 0:
+        return read_by_kernel(operands, rows, stats=stats)
+    if kept == vocab_size:
+        return read_by_tiles(logits, cache=cache, stats=stats)
+    parts = [operands.of_columns(one) for one in (slice(0, kept), slice(kept, vocab_size))]
+    readings = (
+        read_by_tiles(parts[0].logits(rows), cache=cache, stats=stats),
+        read_by_kernel(parts[1], rows, stats=stats),
+    )
+    return _joined(readings, [part.chosen_labels(rows) for part in parts])
+
+
+def _joined(readings: Sequence[Reading], labels: Sequence[Tensor | None]) -> Reading:
+    """One reading of several parts of the vocabulary; NaN where none has the label."""
+    running = torch.stack([one for one, _ in readings])
+    stats = torch.stack([one for _, one in readings])
+    nowhere: Tensor | bool = labels[0] is not None
+    for part, local in zip(running, labels, strict=True):
+        if local is not None:
+            part[2].masked_fill_(local < 0, -torch.inf)
+            nowhere = nowhere & (local < 0)
+    whole = joined(running)
+    numbers = joined_stats(running, stats) if stats.shape[2] else stats[0]
+    if isinstance(nowhere, Tensor):
+        whole[2].masked_fill_(nowhere, torch.nan)
+        if stats.shape[2]:
+            numbers[:, 2].masked_fill_(nowhere, torch.nan)
+    return whole, numbers
 
 
 def read_by_kernel(operands: Operands, rows: Tensor | None, *, stats: bool) -> Reading:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import operand_dtype, statistics_dtype, uses_triton
+from fastpref.ops.backend import operand_dtype, statistics_dtype
 from fastpref.ops.backward import LogitGradients, gradients
-from fastpref.ops.forward import read_by_kernel, read_by_tiles, read_with_jacobian
+from fastpref.ops.forward import read, read_with_jacobian
 from fastpref.ops.operands import SCHEMA, Operands, register, spread, take
 from fastpref.ops.running import Running
 from fastpref.ops.tiling import bytes_of_all_tiles
@@ -42,29 +42,26 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
     found, count = Found(*_outputs(*arguments)), operands.hidden.shape[0]
     rows = operands.rows()
-    read = operands.count(rows)
+    n_rows = operands.count(rows)
     if operands.compacts():
-        found.n_rows.fill_(read)
+        found.n_rows.fill_(n_rows)
         found.rows.zero_()
         if rows is not None:
-            found.rows[:read] = rows
-    if read == 0:
+            found.rows[:n_rows] = rows
+    if n_rows == 0:
         return tuple(one if one is found.n_rows else one.zero_() for one in found)
 
     operands, ignored = operands.without_ignored()
     if wants_jacobian:
-        found.jacobian[read:] = 0
+        found.jacobian[n_rows:] = 0
         running, stats = read_with_jacobian(
-            operands.logits(rows), found.jacobian[:read], stats=wants_stats
+            operands.logits(rows), found.jacobian[:n_rows], stats=wants_stats
         )
-    elif uses_triton(operands.hidden) and operands.hidden.itemsize == 2 and not scratch_bytes:
-        running, stats = read_by_kernel(operands, rows, stats=wants_stats)
     else:
-        # Products of float32 are cuBLAS's, which knows whether TF32 is allowed.
-        running, stats = read_by_tiles(operands.logits(rows), cache=found.cache, stats=wants_stats)
+        running, stats = read(operands, rows, found.cache, stats=wants_stats)
 
     found.running.zero_()
-    found.running[:, :read] = running
+    found.running[:, :n_rows] = running
     state = Running.of(running)
     lse, logps = state.lse(), found.logps
     if operands.labels is not None:
@@ -186,8 +183,8 @@ def gradient_by_jacobian(*arguments: Any) -> Tensor:
     """
     operands, (from_logps, from_lse, running, rows, n_rows, jacobian) = Operands.split(arguments)
     rows = rows_read(operands, rows, n_rows)
-    read, count = operands.count(rows), operands.hidden.shape[0]
-    jacobian, target_logit = jacobian[:read], running[2, :read]
+    n_rows, count = operands.count(rows), operands.hidden.shape[0]
+    jacobian, target_logit = jacobian[:n_rows], running[2, :n_rows]
     gradient = torch.empty_like(jacobian, dtype=operands.hidden.dtype)
     if operands.labels is None or from_lse is None:
         given = from_lse if operands.labels is None else from_logps
@@ -220,8 +217,8 @@ def rows_read(operands: Operands, rows: Tensor, n_rows: Tensor) -> Tensor | None
     """The rows (n,) that the forward pass read, without a wait for the device; None for all."""
     if not operands.compacts():
         return None
-    read = int(n_rows)
-    return None if read == len(rows) else rows[:read]
+    number = int(n_rows)
+    return None if number == len(rows) else rows[:number]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

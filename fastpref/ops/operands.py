@@ -154,6 +154,16 @@ class Operands(NamedTuple):
         """The labels of ``rows``."""
         return None if self.labels is None else take(self.labels, rows)
 
+    def of_columns(self, columns: slice) -> Operands:
+        """The same of a part of the vocabulary; a label elsewhere becomes `NO_LABEL`."""
+        labels, bias = self.labels, self.bias
+        if labels is not None:
+            inside = (labels >= columns.start) & (labels < columns.stop)
+            labels = torch.where(inside, labels - columns.start, NO_LABEL)
+        return self._replace(
+            weight=self.weight[columns], bias=None if bias is None else bias[columns], labels=labels
+        )
+
     def logits(self, rows: Tensor | None) -> Logits:
         """The logits of ``rows``."""
         labels = self.chosen_labels(rows)

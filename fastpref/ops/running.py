@@ -75,3 +75,21 @@ def joined(parts: Tensor) -> Tensor:
     whole = reference.amax(0)
     sums = (sum_exp * torch.exp(reference - whole)).sum(0)
     return torch.stack((whole, sums, target_logit.amax(0)))
+
+
+def joined_stats(parts: Tensor, stats: Tensor) -> Tensor:
+    """Entropy, largest logit and label's logit (n, 3) of parts of the vocabulary.
+
+    From the running numbers (k, 3, n) and stats (k, n, 3) of each. A distribution that is a mixture
+    of others without overlap has the mean of their entropies, and the entropy of which it is.
+    """
+    reference, sum_exp, target_logit = parts.unbind(1)
+    entropy, maximum, _ = stats.unbind(2)
+    top = torch.maximum(reference, target_logit).amax(0)
+    masses = sum_exp * torch.exp(reference - top) + torch.exp(target_logit - top)
+    # No difference of large numbers where one part has nearly all of the mass.
+    others = torch.stack([masses[:k].sum(0) + masses[k + 1 :].sum(0) for k in range(len(masses))])
+    log_share = -torch.log1p(others / masses)
+    # A part that is masked as a whole, as padding of the vocabulary is, has no share.
+    mixed = (log_share.exp() * (entropy - log_share)).masked_fill(log_share == -torch.inf, 0).sum(0)
+    return torch.stack((mixed, maximum.amax(0), target_logit.amax(0)), dim=1)

@@ -197,6 +197,11 @@ class KeptTiles(NamedTuple):
         reference = self.buffer[start : start + rows * self.statistics.itemsize]
         return KeptTile(carve(exponentials, rows, width), reference.view(self.statistics))
 
+    def columns(self) -> int:
+        """How many of the first columns are kept."""
+        kept = (one.stop for one in self.grid.column_blocks() if self.tile(one) is not None)
+        return max(kept, default=0)
+
     def _bytes_of(self, width: int) -> int:
         exponentials = self.grid.rows * _padded(width) * self.operands.itemsize
         return _aligned(exponentials) + _aligned(self.grid.rows * self.statistics.itemsize)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from fastpref.checks import check_floating, refuse
 from fastpref.ops.linear_logps_op import Found, linear_logps_backward_ops, linear_logps_ops
 from fastpref.ops.operands import NO_LABEL, Operands, labelled_rows, spread, take
-from fastpref.ops.running import Running, joined
+from fastpref.ops.running import Running, joined, joined_stats
 
 IGNORED = NO_LABEL - 1  # within a shard, for what the caller's `ignore_index` leaves out
 
@@ -95,11 +95,9 @@ class _ShardedLogps(Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         operands, (shard, stats, scratch_bytes) = Operands.split(arguments)
         found = Found(*linear_logps_ops.of(operands)(*operands, False, stats, scratch_bytes))
-        parts = _of_every_shard(found.running, operands.labels, shard.group)
+        parts, every = _of_every_shard(found, operands.labels, shard.group)
         running = joined(parts)
-        numbers = found.stats
-        if stats:
-            numbers = _stats_of_all_shards(numbers, parts, shard.group)
+        numbers = joined_stats(parts, every) if stats else found.stats
         whole = Running.of(running)
         logps = found.logps if operands.labels is None else whole.logps()
         ctx.group, ctx.options = shard.group, operands[4:]
@@ -124,39 +122,17 @@ class _ShardedLogps(Function):
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
-def _of_every_shard(running: Tensor, labels: Tensor | None, group: ProcessGroup) -> Tensor:
-    """Running numbers (shards, 3, N); the label's logit is -inf where the label is not."""
-    own = running.clone()
+def _of_every_shard(
+    found: Found, labels: Tensor | None, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Running numbers (shards, 3, N) and stats (shards, N, 3), or (shards, N, 0) where not wanted.
+
+    The label's logit is -inf where the label is not.
+    """
+    own = torch.cat((found.running, found.stats.T))
     if labels is not None:
         own[2].masked_fill_(labels < 0, -torch.inf)
     every = own.new_empty(dist.get_world_size(group), *own.shape)
     if own.numel():
         dist.all_gather(list(every.unbind(0)), own, group=group)
-    return every
-
-
-def _stats_of_all_shards(
-    numbers: Tensor,  # (N, 3) within this shard
-    parts: Tensor,  # (shards, 3, N) running numbers
-    group: ProcessGroup,
-) -> Tensor:
-    """Entropy, largest logit and label's logit (N, 3) in the whole vocabulary.
-
-    A distribution that is a mixture of others without overlap has the mean of their entropies, and
-    the entropy of which of them it is.
-    """
-    entropy, maximum, _ = numbers.unbind(1)
-    reference, sum_exp, target_logit = parts.unbind(1)
-    top = torch.maximum(reference, target_logit).amax(0)
-    masses = sum_exp * torch.exp(reference - top) + torch.exp(target_logit - top)
-    own = torch.zeros_like(masses, dtype=torch.bool)
-    own[dist.get_rank(group)] = True
-    # No difference of large numbers where one shard has nearly all of the mass.
-    log_share = -torch.log1p(masses.masked_fill(own, 0).sum(0) / masses[dist.get_rank(group)])
-    # A shard that is masked as a whole, as padding of the vocabulary is, has no share.
-    part = (log_share.exp() * (entropy - log_share)).masked_fill(log_share == -torch.inf, 0)
-    maximum = maximum.clone()
-    if len(numbers):
-        dist.all_reduce(part, group=group)
-        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-    return torch.stack((part, maximum, target_logit.amax(0)), dim=1)
+    return every[:, :3], every[:, 3:].transpose(1, 2)
