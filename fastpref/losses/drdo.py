@@ -80,18 +80,20 @@ def drdo(
     if detach_focal:
         focal = focal.detach()
     preference_losses = -alpha * focal * (chosen - log1mexp(rejected))
-    return drdo_output(reward_losses, preference_losses, responses, student_rewards)
+    losses = reward_losses + preference_losses
+    return drdo_output(losses, reward_losses, preference_losses, responses, student_rewards)
 
 
 def drdo_output(
+    losses: Tensor,  # (B,)
     reward_losses: Tensor,  # (B,)
     preference_losses: Tensor,  # (B,)
     responses: Responses,
     student_rewards: Tensor,  # (2B,)
 ) -> DRDOOutput:
-    """The mean of both terms over the pairs."""
+    """The means of the pairs' losses and of their two terms."""
     return DRDOOutput(
-        (reward_losses + preference_losses).mean(),
+        losses.mean(),
         *halves(responses.likelihoods()),
         *halves(student_rewards),
         reward_loss=reward_losses.detach().mean(),

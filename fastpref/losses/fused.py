@@ -44,8 +44,7 @@ def fused_drdo(
         length_normalize=length_normalize,
     )  # fmt: skip
     reward_losses, preference_losses = terms
-    found = drdo_output(reward_losses, preference_losses, responses, student_rewards)
-    return found._replace(loss=losses.mean())
+    return drdo_output(losses, reward_losses, preference_losses, responses, student_rewards)
 
 
 FUSED: dict[str, Callable[..., Any]] = {"tvkd": fused_tvkd, "drdo": fused_drdo}

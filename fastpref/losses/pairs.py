@@ -54,7 +54,7 @@ def pair_loss(
     first, *names = parameters
     positional = [name for name in names if parameters[name].kind != KEYWORD_ONLY]
     hints = get_type_hints(loss)
-    tensors = {name for name in names if hints[name] in (Tensor, Tensor | None)}
+    tensors = [name for name in names if hints[name] in (Tensor, Tensor | None)]
     options = options_of(loss)
     defaults = {name: parameters[name].default for name in (*options, *tensors)}
 
@@ -67,8 +67,8 @@ def pair_loss(
             return loss(cast(Responses, responses), *arguments, **named)
         count = _check_responses(first, responses)
         given = check_annotated(options, given)
-        for name in tensors & given.keys():
-            if given[name] is not None or hints[name] is Tensor:
+        for name in tensors:
+            if name in given and (given[name] is not None or hints[name] is Tensor):
                 given[name] = _ready(name, given[name], responses.logps, count)
         if isinstance(responses, Tokens):
             if _has_kernel(loss.__name__, responses, given, but=next(iter(names), "")):
