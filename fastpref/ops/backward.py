@@ -81,8 +81,9 @@ def _fill(
             labels = logits.labels_of(rows)
             reference, coefficients, of_labels = (one[rows] for one in given)
             if kept is None:
+                tile = carve(scratch, len(out), columns.stop - columns.start)
                 functions.gradient_tile(
-                    logits.project(hidden[rows], columns, scratch), labels, columns.start,
+                    logits.project(hidden[rows], columns, tile), labels, columns.start,
                     logits.transform, reference, coefficients, of_labels, out,
                 )  # fmt: skip
             else:

@@ -97,10 +97,15 @@ def read_by_tiles(
         state = running[:, rows].unbind()
         hidden = logits.hidden_of(rows)
         for columns in grid.column_blocks():
-            tile, kept = logits.project(hidden, columns, scratch), tiles.tile(columns)
+            kept = tiles.tile(columns)
+            exponentials = None if kept is None else kept.exponentials[rows]
+            tile = carve(scratch, len(hidden), columns.stop - columns.start)
+            # A product in the dtype of what is kept goes straight there, to be folded in place.
+            if exponentials is not None and exponentials.dtype == scratch.dtype and not stats:
+                tile = exponentials
             fold_tile(
-                tile, logits.labels_of(rows), columns.start, logits.transform, *state,
-                exponentials=None if kept is None else kept.exponentials[rows],
+                logits.project(hidden, columns, tile), logits.labels_of(rows), columns.start,
+                logits.transform, *state, exponentials=exponentials,
             )  # fmt: skip
             if kept is not None:
                 kept.reference[rows] = state[0]
@@ -147,9 +152,10 @@ def _sum_weights(running: Tensor, logits: Logits, sums: Tensor, *, stats: bool) 
             summed = [total] if stretch.start > 0 else []
             for columns in grid.column_blocks(stretch):
                 start = columns.start - stretch.start
+                tile = carve(scratch, len(hidden), columns.stop - columns.start)
                 fold_tile(
-                    logits.project(hidden, columns, scratch), logits.labels_of(rows),
-                    columns.start, logits.transform, *state,
+                    logits.project(hidden, columns, tile), logits.labels_of(rows), columns.start,
+                    logits.transform, *state,
                     exponentials=operand[:, start : columns.stop - stretch.start],
                     earlier=[operand[:, :start], *summed] if start > 0 else summed,
                 )  # fmt: skip

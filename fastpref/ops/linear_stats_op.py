@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpref.ops.backend import statistics_dtype, uses_triton
 from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread
+from fastpref.ops.tiling import carve
 from fastpref.ops.torch_tiles import label_columns, largest
 
 
@@ -138,7 +139,8 @@ def _partial(logits: Logits, sums: Sums) -> tuple[Partial, Tensor]:
         running = numbers[:, rows]
         labels, hidden = logits.labels_of(rows), logits.hidden_of(rows)
         for columns in grid.column_blocks():
-            tile = logits.transform.apply_(logits.project(hidden, columns, scratch))
+            tile = carve(scratch, len(hidden), columns.stop - columns.start)
+            logits.transform.apply_(logits.project(hidden, columns, tile))
             if labels is not None:
                 column, inside = label_columns(labels, columns.start, tile.shape[1])
                 at_label = tile.gather(1, column).squeeze(1)

@@ -11,7 +11,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from fastpref.ops.backend import multiply, operand_dtype
-from fastpref.ops.tiling import Tiling, carve, grid_by_columns
+from fastpref.ops.tiling import Tiling, grid_by_columns
 from fastpref.ops.torch_tiles import LogitTransform
 
 # The fields of `Operands`, as a schema has them: all operators with a head begin with these.
@@ -79,12 +79,11 @@ class Logits(NamedTuple):
         self,
         hidden: Tensor,  # (k, H) as `hidden_of` gives it
         columns: slice,
-        scratch: Tensor,  # flat, overwritten
-    ) -> Tensor:  # a view of scratch
-        """One tile of ``hidden @ weight.T + bias``, not transformed."""
-        tile = carve(scratch, hidden.shape[0], columns.stop - columns.start)
-        multiply(hidden, self.weight[columns].T, tile)
-        return tile if self.bias is None else tile.add_(self.bias[columns])
+        out: Tensor,  # (k, w), written
+    ) -> Tensor:
+        """One tile of ``hidden @ weight.T + bias``, not transformed: ``out``."""
+        multiply(hidden, self.weight[columns].T, out)
+        return out if self.bias is None else out.add_(self.bias[columns])
 
     def labels_of(self, rows: slice) -> Tensor | None:
         """Labels of one tile's rows."""
