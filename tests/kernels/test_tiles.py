@@ -324,6 +324,22 @@ def test_a_label_without_bounds_stays_out() -> None:
     torch.testing.assert_close(x[rows, labels], 2 * sum_exp, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("width", [30, 128])
+def test_labels_of_other_tiles(width: int) -> None:
+    """They leave the label's logit as it is, and no column out."""
+    tile = randn(0, 5, 2 * width)[:, :width]
+    labels = 64 + torch.tensor([-164, -1, width, width + 1, 2**32 + 1], device=DEVICE)
+    reference, sum_exp, target_logit = start(5)
+    fold_tile(tile, labels, 64, Transform(), reference, sum_exp, target_logit)
+    assert target_logit.isnan().all()
+    exact = sum_above(reference, tile)
+    torch.testing.assert_close(sum_exp.double(), exact, rtol=1e-6, atol=0)
+    gradient, expected = torch.empty_like(tile), torch.empty_like(tile)
+    gradient_tile(tile, labels, 64, Transform(), reference, sum_exp, sum_exp, gradient)
+    gradient_tile(tile, None, 64, Transform(), reference, sum_exp, sum_exp, expected)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("gap", [9.0, 22.0, 40.0, 80.0])
 def test_the_rest_keeps_its_digits_beside_the_largest(gap: float) -> None:
     """In one tile and in two; equal largest ones and the largest in the first or second tile."""
