@@ -17,9 +17,8 @@ triton = pytest.importorskip("triton")
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     pytest.skip("needs CUDA or TRITON_INTERPRET=1", allow_module_level=True)
 
-# The interpreter computes with numpy, which warns where a GPU quietly gives 0 or -inf, and before
-# Triton 3.7 about loop bounds that are arrays of one element (an error from numpy 2.4 on).
-QUIET = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+# The interpreter computes with numpy, which warns where a GPU quietly gives 0 or -inf.
+QUIET = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -103,6 +103,13 @@ def gradient(dtype: torch.dtype, plain: bool, width: int = 4096) -> None:
     tiles.gradient_tile(torch.empty(n, width), labels, 4096, transform, *vectors, out)
 
 
+def kept(dtype: torch.dtype) -> None:
+    n, width = 16, 4096
+    labels, vectors = torch.zeros(n, dtype=torch.int64), [torch.empty(n) for _ in range(4)]
+    exponentials, out = (torch.empty(n, width, dtype=dtype) for _ in range(2))
+    tiles.gradient_of_kept_tile(exponentials, labels, 4096, *vectors, out)
+
+
 def pair_losses(loss: str, everything: bool, offsets_dtype: torch.dtype) -> None:
     kernel_of_pairs.pair_losses(
         loss,
@@ -123,6 +130,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PROJECTION = (logsumexp, "_projection_logsumexp_kernel")
 FOLD = (tiles, "_fold_tile_kernel")
 GRADIENT = (tiles, "_gradient_tile_kernel")
+KEPT = (tiles, "_gradient_of_kept_tile_kernel")
 PAIRS = (kernel_of_pairs, "_pairs_kernel")
 
 
@@ -138,6 +146,7 @@ def cases() -> Iterator[tuple[str, tuple, Callable[..., None], tuple]]:
                 )  # fmt: skip
         for variant in ("everything", "statistics"):
             yield f"fold-{name}-{variant}", FOLD, fold, (dtype, variant)
+        yield f"kept-{name}", KEPT, kept, (dtype,)
         yield f"gradient-{name}", GRADIENT, gradient, (dtype, False)
     # A tail of the vocabulary, one block of many warps, and several blocks that none divides.
     for width in (7, 8192, 50257):

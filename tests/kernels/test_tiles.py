@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpref.kernels import tiles
-from fastpref.kernels.tiles import fold_tile, gradient_tile
+from fastpref.kernels.tiles import fold_tile, gradient_of_kept_tile, gradient_tile
 
 pytestmark = QUIET
 SHIPPED = (tiles.ROW_BLOCK, tiles.WIDE_ROW_BLOCK)
@@ -207,6 +207,46 @@ def test_gradient_tile(
     assert_as_good_as_torch("gradient", out, exact, rounded(own, out.dtype), argument)
 
 
+@examples
+@given(
+    n=st.integers(1, 4),
+    width=st.sampled_from([1, 6, 40, 1030]),
+    dtype=st.sampled_from(FLOATS),
+    has_labels=st.booleans(),
+    transform=transforms,
+)
+def test_a_kept_tile_has_the_gradient_of_one_that_is_computed_again(
+    n: int, width: int, dtype: torch.dtype, has_labels: bool, transform: Transform
+) -> None:
+    """But for the rounding of what was kept; the reference has risen since."""
+    vocab_start = 48
+    tile = 5 * randn(0, n, width + 3)[:, 1 : width + 1]
+    labels = randint(1, width + 4, n) + vocab_start - 2 if has_labels else None
+    kept_reference, sum_exp, target_logit = tile.new_tensor([[LOWEST] * n, [0.0] * n, [NAN] * n])
+    coefficients, label_gradients = randn(2, n), randn(3, 1).expand(n)
+    kept = torch.empty(n, width, device=DEVICE, dtype=dtype)
+    fold_tile(
+        tile.clone(), labels, vocab_start, transform, kept_reference, sum_exp, target_logit,
+        exponentials=kept,
+    )  # fmt: skip
+    reference = kept_reference + randn(4, n).abs()
+
+    def plain(kept: Tensor, reference: Tensor) -> Tensor:
+        scale = coefficients * torch.exp(kept_reference.to(reference.dtype) - reference)
+        gradient = kept * scale[:, None]
+        if labels is None:
+            return gradient
+        is_label = torch.arange(width, device=DEVICE) + vocab_start == labels[:, None]
+        return torch.where(is_label, label_gradients[:, None].to(gradient.dtype), gradient)
+
+    out = torch.empty(n, width, device=DEVICE, dtype=dtype)
+    gradient_of_kept_tile(
+        kept, labels, vocab_start, kept_reference, reference, coefficients, label_gradients, out
+    )
+    exact, own = plain(kept.double(), reference.double()), plain(kept.float(), reference)
+    assert_as_good_as_torch("gradient", out, exact, rounded(own, dtype))
+
+
 @pytest.mark.parametrize("offset", [0.0, 30.0, 300.0, -300.0, 3000.0])
 def test_an_offset_of_all_logits_costs_no_digit(offset: float) -> None:
     """Each exponential has the error of its own difference, whatever the logits have in common."""
@@ -282,6 +322,22 @@ def test_a_label_without_bounds_stays_out() -> None:
     gradient_tile(x, labels, 0, Transform(), reference, reference, 2 * sum_exp, x)
     assert x.isfinite().all()
     torch.testing.assert_close(x[rows, labels], 2 * sum_exp, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [30, 128])
+def test_labels_of_other_tiles(width: int) -> None:
+    """They leave the label's logit as it is, and no column out."""
+    tile = randn(0, 5, 2 * width)[:, :width]
+    labels = 64 + torch.tensor([-164, -1, width, width + 1, 2**32 + 1], device=DEVICE)
+    reference, sum_exp, target_logit = start(5)
+    fold_tile(tile, labels, 64, Transform(), reference, sum_exp, target_logit)
+    assert target_logit.isnan().all()
+    exact = sum_above(reference, tile)
+    torch.testing.assert_close(sum_exp.double(), exact, rtol=1e-6, atol=0)
+    gradient, expected = torch.empty_like(tile), torch.empty_like(tile)
+    gradient_tile(tile, labels, 64, Transform(), reference, sum_exp, sum_exp, gradient)
+    gradient_tile(tile, None, 64, Transform(), reference, sum_exp, sum_exp, expected)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("gap", [9.0, 22.0, 40.0, 80.0])
