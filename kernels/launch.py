@@ -50,7 +50,7 @@ def projection_config(hidden: Tensor, weight: Tensor, n_rows: int) -> Projection
     elif not (_is_vectorizable(hidden) and _is_vectorizable(weight)):
         config = ProjectionConfig(64, 64, 32, 4, 3)
     elif few:
-        config = ProjectionConfig(64, 128, 64, 4, 4)
+        config = ProjectionConfig(64, 128, 64, 8, 4)
     else:
         config = ProjectionConfig(128, 128, 64, 8, 3)
     # CDNA has 64 KiB of shared memory, and its compiler keeps one more stage in registers.

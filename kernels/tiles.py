@@ -17,7 +17,7 @@ from .numerics import FAR, HEADROOM, Transform, exp, transform_arguments, transf
 # rows of more columns than this come in small numbers, so that more warps share one.
 MIN_BLOCK = 128  # at least one logit for each thread, as `ELEMENTS`
 ROW_BLOCK = 4096
-WIDE_ROW_BLOCK = 8192
+WIDE_ROW_BLOCK = 1024  # of rows that are wider than that
 LOGITS_PER_WARP = 2048
 
 
@@ -55,8 +55,9 @@ def fold_tile(
     if n_rows == 0:
         return
     first, second = (*earlier, None, None)[:2]
-    block = _block(width, ROW_BLOCK if width <= ROW_BLOCK else WIDE_ROW_BLOCK)
-    many_registers = rest is not None or width > ROW_BLOCK
+    several = width > ROW_BLOCK
+    block = _block(width, WIDE_ROW_BLOCK if several else ROW_BLOCK)
+    logits_per_warp = LOGITS_PER_WARP // (4 if several else 2 if rest is not None else 1)
     with on(tile.device):
         _fold_tile_kernel[(n_rows,)](
             tile,
@@ -80,7 +81,7 @@ def fold_tile(
             SEVERAL_BLOCKS=width > block,
             BLOCK=block,
             EARLIER_BLOCK=ELEMENTS,
-            num_warps=_warps(block, LOGITS_PER_WARP // 2 if many_registers else LOGITS_PER_WARP),
+            num_warps=_warps(block, logits_per_warp),
         )
 
 
