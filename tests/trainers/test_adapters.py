@@ -30,7 +30,7 @@ def test_only_adapters_train(tmp_path):
 
 
 def test_the_frozen_head_takes_two_passes_and_gets_no_gradient(tmp_path):
-    """Over the vocabulary: logits and the states' gradient; a trained head takes four.
+    """Over the vocabulary: logits and the states' gradient; a trained head takes one more.
 
     Entropy and accuracy come out of these.
     """
@@ -55,7 +55,7 @@ def test_the_frozen_head_takes_two_passes_and_gets_no_gradient(tmp_path):
     assert gradient is not None
     # The rest is the model's layers, and one position for the model's own idea of its logits.
     assert 2 < frozen < 2.6
-    assert 4 < trained < 4.8
+    assert 3 < trained < 3.8
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["config", "wrapped"])
