@@ -171,7 +171,8 @@ def test_a_model_brings_the_reward_head_of_its_folder(tmp_path):
 def test_no_logits_exist(tmp_path, make):
     vocab_size = 150_000
     model = student(vocab_size=vocab_size, hidden_size=4)
-    found = make(tmp_path, model, settings={"per_device_train_batch_size": 8})
+    settings = {"per_device_train_batch_size": 8, "scratch_bytes": 0}
+    found = make(tmp_path, model, settings=settings)
     batch = found._prepare_inputs(next(iter(found.get_train_dataloader())))
     logits = batch["input_ids"].numel() * vocab_size * 4
     head = vocab_size * 4 * 4

@@ -241,7 +241,9 @@ def test_no_logits_exist(tmp_path, frozen):
     model.lm_head.weight.requires_grad_(not frozen)
     found = tvkd(
         tmp_path, model,
-        settings={"reference_free": False, "per_device_train_batch_size": 8},
+        settings={
+            "reference_free": False, "per_device_train_batch_size": 8, "scratch_bytes": 0,
+        },
         ref_model=student(seed=5, vocab_size=vocab_size, hidden_size=4),
         teacher_model=tiny_model(TOKENIZER, seed=7, vocab_size=vocab_size, hidden_size=4),
         teacher_processing_class=TOKENIZER,
