@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpref import linear_logsumexp, shaping_from_values, teacher_shaping
-from fastpref.ops import linear_logps_op
+from fastpref.ops import forward
 from fastpref.sequences import sequence_sum
 
 OPTIONS = st.fixed_dictionaries(
@@ -144,14 +144,14 @@ def test_two_positions_a_run_equal_the_sum_over_all(batch, terminal):
 @pytest.mark.parametrize("terminal", ["bootstrap", "zero"])
 def test_only_the_ends_of_runs_are_projected(packed, terminal, monkeypatch):
     projected = []
-    original = linear_logps_op.statistics
+    original = forward.read_by_tiles
 
     def counting(logits: Any, **options: Any) -> Any:
         projected.append(logits.hidden.detach().clone())
         return original(logits, **options)
 
     # Float64 takes this path whatever the device and the kernels.
-    monkeypatch.setattr(linear_logps_op, "statistics", counting)
+    monkeypatch.setattr(forward, "read_by_tiles", counting)
     states = torch.randn(4, 8, 3, dtype=torch.float64)
     weight = torch.randn(9, 3, dtype=torch.float64)
     ends = [list(row) for row in RUN_ENDS]
