@@ -147,7 +147,7 @@ def test_only_the_ends_of_runs_are_projected(packed, terminal, monkeypatch):
     original = forward.read_by_tiles
 
     def counting(logits: Any, **options: Any) -> Any:
-        projected.append(logits.hidden.detach().clone())
+        projected.append(logits.hidden_of(slice(None)).detach().clone())
         return original(logits, **options)
 
     # Float64 takes this path whatever the device and the kernels.
