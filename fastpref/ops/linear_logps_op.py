@@ -60,7 +60,7 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     else:
         running, stats = read(operands, rows, found.cache, stats=wants_stats)
 
-    found.running.zero_()
+    found.running[:, n_rows:] = 0
     found.running[:, :n_rows] = running
     state = Running.of(running)
     lse, logps = state.lse(), found.logps

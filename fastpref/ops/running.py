@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 class Shares(NamedTuple):
@@ -39,31 +40,27 @@ class Running(NamedTuple):
 
     def logps(self) -> Tensor:
         """Log-probability of the label."""
-        above, likely, odds_against = self._label()
-        unlikely_logps = above - torch.log(self.sum_exp + above.exp())
-        return torch.where(likely, -odds_against.log1p(), unlikely_logps)
+        above, log_odds = self.target_logit - self.reference, self._log_odds()
+        # From its odds where a sum would round 1 - p away; else one rounding less.
+        unlikely = above - torch.log(self.sum_exp + above.exp())
+        return torch.where(log_odds > 0, logsigmoid(log_odds), unlikely)
 
     def lse(self) -> Tensor:
         """Logsumexp of all logits."""
-        above, likely, odds_against = self._label()
-        unlikely_lse = self.reference + torch.log(self.sum_exp + above.exp())
-        return torch.where(likely, self.target_logit + odds_against.log1p(), unlikely_lse)
+        return torch.logaddexp(self.target_logit, self.reference + self.sum_exp.log())
 
     def shares(self) -> Shares:
         """The probabilities that gradients are made of."""
-        above, likely, odds_against = self._label()
-        unit = 1 / (self.sum_exp + above.exp())
+        log_odds = self._log_odds()
+        above = self.target_logit - self.reference
+        unit = torch.exp(-torch.logaddexp(above, self.sum_exp.log()))
         # Of a row whose every logit is -inf nothing has a share.
         unit = unit.masked_fill(unit == torch.inf, 0)
-        label = above.exp() * unit
-        likely_label = 1 / (1 + odds_against)
-        unit = torch.where(likely, (-above).exp() * likely_label, unit)
-        return Shares(unit, unit * self.sum_exp, torch.where(likely, likely_label, label))
+        return Shares(unit, torch.sigmoid(-log_odds), torch.sigmoid(log_odds))
 
-    def _label(self) -> tuple[Tensor, Tensor, Tensor]:
-        """How far the label is above the reference, whether p > 1/2, and then (1 - p) / p."""
-        above = self.target_logit - self.reference
-        return above, above > self.sum_exp.log(), self.sum_exp * (-above).exp()
+    def _log_odds(self) -> Tensor:
+        """Of the label, ``log(p / (1 - p))``."""
+        return (self.target_logit - self.reference) - self.sum_exp.log()
 
 
 def joined(parts: Tensor) -> Tensor:
