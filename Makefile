@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests of code that runs Triton kernels.
-INTERPRETED := tests/kernels tests/ops tests/losses tests/teacher/test_shaping.py \
+INTERPRETED := --ignore=tests/ops/test_compile.py tests/kernels tests/ops tests/losses tests/teacher/test_shaping.py \
 	tests/teacher/test_potentials.py tests/test_responses.py tests/test_rewards.py
 
 .PHONY: demo test lint check-install

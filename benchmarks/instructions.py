@@ -39,6 +39,9 @@ POINTERS = {
 }
 
 
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+
+
 class Launch(NamedTuple):
     """The arguments and options of one launch, recorded in place of running it."""
 
@@ -65,8 +68,7 @@ def recording(module: ModuleType, name: str) -> Iterator[list[Launch]]:
     class Recorder:
         def __getitem__(self, grid: object) -> Any:
             def launch(*args: object, **kwargs: Any) -> None:
-                known = [key for key in ("num_warps", "num_stages") if key in kwargs]
-                options: dict[str, int] = {key: kwargs.pop(key) for key in known}
+                options = {key: kwargs.pop(key) for key in LAUNCH_OPTIONS if key in kwargs}
                 bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
                 launches.append(Launch(kernel, dict(bound.arguments), options))
 

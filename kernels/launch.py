@@ -32,8 +32,21 @@ PERSISTENT_SHARED_BYTES = 200 * 1024
 
 
 def backend() -> str:
-    """Name the compiler that this build of torch launches on: "hip" for ROCm, else "cuda"."""
-    return "hip" if torch.version.hip else "cuda"
+    """Name the compiler that this build of torch launches on: "hip", "xpu" or "cuda"."""
+    return "hip" if torch.version.hip else "xpu" if torch.version.xpu else "cuda"
+
+
+def compile_options(*, all_registers: bool = False) -> dict[str, bool | int]:
+    """How kernels are compiled, whatever is Triton's default.
+
+    A product and the sum that follows are one instruction, rounded once: from Triton 3.10 on that
+    has to be asked for. With `all_registers` NVIDIA's compiler may use every register of a thread:
+    by itself it spills some of them to have more threads at once.
+    """
+    options: dict[str, bool | int] = {"enable_fp_fusion": True}
+    if all_registers and backend() == "cuda":
+        options["maxnreg"] = 255
+    return options
 
 
 def projection_config(hidden: Tensor, weight: Tensor, n_rows: int) -> ProjectionConfig:

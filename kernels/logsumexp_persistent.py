@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import PERSISTENT_CONFIG, multiprocessors, on
+from .launch import PERSISTENT_CONFIG, compile_options, multiprocessors, on
 from .numerics import LOWEST, Transform, transform_arguments
 from .projection import (
     GROUP_ROWS,
@@ -74,6 +74,7 @@ def persistent_logsumexp(
             BLOCK_HIDDEN=config.block_hidden,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **compile_options(),
         )
     return target_logit, parts
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ELEMENT_WARPS, ELEMENTS, on
+from .launch import ELEMENT_WARPS, ELEMENTS, compile_options, on
 from .numerics import expm1_negative, log1mexp, logsigmoid
 
 
@@ -71,6 +71,7 @@ def pair_losses(
                 LENGTH_NORMALIZE=length_normalize,
                 BLOCK=ELEMENTS,
                 num_warps=ELEMENT_WARPS,
+                **compile_options(),
             )
     return found
 

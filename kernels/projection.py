@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ProjectionConfig, on
+from .launch import ProjectionConfig, compile_options, on
 from .numerics import Transform, exp, transform_arguments, transform_logits
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -92,6 +92,7 @@ def launch_projection(
             BLOCK_HIDDEN=config.block_hidden,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **compile_options(all_registers=hidden.dtype == torch.float32),
         )
     return target_logit, parts
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ELEMENTS, on
+from .launch import ELEMENTS, compile_options, on
 from .numerics import FAR, HEADROOM, Transform, exp, transform_arguments, transform_logits
 
 # A program has a block of columns of one row. The more logits a thread has, the less each of them
@@ -82,6 +82,7 @@ def fold_tile(
             BLOCK=block,
             EARLIER_BLOCK=ELEMENTS,
             num_warps=_warps(block, logits_per_warp),
+            **compile_options(all_registers=rest is not None),
         )
 
 
@@ -120,6 +121,7 @@ def gradient_tile(
             EVEN=width % block == 0,
             BLOCK=block,
             num_warps=_warps(block, LOGITS_PER_WARP),
+            **compile_options(),
         )
 
 
@@ -157,6 +159,7 @@ def gradient_of_kept_tile(
             EVEN=width % block == 0,
             BLOCK=block,
             num_warps=_warps(block, LOGITS_PER_WARP),
+            **compile_options(),
         )
 
 
