@@ -64,8 +64,8 @@ def vanilla_kd(
 
     Example:
         >>> chosen = fastpref.Responses(torch.tensor([-3.0, -5.0]), torch.tensor([1, 3]))
-        >>> vanilla_kd(chosen, torch.tensor([0.5, 1.5]), sft_weight=0.1).loss.item()
-        0.7
+        >>> vanilla_kd(chosen, torch.tensor([0.5, 1.5]), sft_weight=0.5).loss.item()
+        1.5
     """
     divergence = token_mean(divergences, chosen.lengths)
     nll_loss = -token_mean(chosen.likelihoods(), chosen.lengths)

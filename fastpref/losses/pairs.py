@@ -110,7 +110,7 @@ def _method(
 
 
 def _check_responses(name: str, responses: Any, paired: bool) -> int:
-    """The number of responses, for pairs 2B; refused is what is no `Responses`, or an odd number."""
+    """The number of responses, for pairs 2B; refused is what is no `Responses` of so many."""
     if not isinstance(responses, Responses | Tokens):
         refuse(name, "Responses, from sum_responses", type(responses).__name__)
     if isinstance(responses, Responses):
