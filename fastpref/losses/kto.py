@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fastpref.checks import NonNegative, Positive
 from fastpref.losses.pairs import Shape, unpaired_loss
@@ -78,10 +79,11 @@ def kto(
         0.475
     """
     kl = kl_log_ratios.detach().mean().clamp_min(0)
-    towards = torch.where(desirable, 1.0, -1.0).to(responses.logps.dtype)
-    weights = torch.where(desirable, desirable_weight, undesirable_weight).to(responses.logps.dtype)
-    # 1 - sigmoid(x) as written has no digits left where a response is good enough already.
-    losses = weights * torch.sigmoid(-beta * towards * (responses.logps - ref_logps - kl))
+    gains = beta * (responses.logps - ref_logps - kl)
+    # 1 - sigmoid(x) as written loses the digits of responses that are good, and sigmoid(-x) those
+    # of the gradients of bad ones.
+    misses = logsigmoid(torch.where(desirable, -gains, gains)).exp()
+    losses = torch.where(desirable, desirable_weight * misses, undesirable_weight * misses)
     return KTOOutput(
         losses.mean(),
         responses.likelihoods().detach(),

@@ -45,11 +45,11 @@ def cpo(
 def orpo(logps: Tensor, lengths: Tensor, *, beta: float, sft_weight: float) -> Tensor:
     losses, half = [], len(logps) // 2
     for p in range(half):
-        odds = []
+        log_odds = []
         for s in (p, half + p):
-            probability = torch.exp(logps[s] / max(int(lengths[s]), 1))
-            odds.append(probability / (1 - probability))
-        losses.append(bradley_terry(torch.log(odds[0] / odds[1])))
+            z = logps[s] / max(int(lengths[s]), 1)
+            log_odds.append(z - torch.log(1 - torch.exp(z)))
+        losses.append(bradley_terry(log_odds[0] - log_odds[1]))
     return sft_weight * nll(logps[:half], lengths[:half]) + beta * mean(losses)
 
 

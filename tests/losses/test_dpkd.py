@@ -1,4 +1,4 @@
-"""DPKD against its formula, and against TRL's length-normalised DPO with the teacher as reference."""
+"""DPKD against its formula, and against TRL's DPO losses with the teacher as reference."""
 
 from __future__ import annotations
 

@@ -63,11 +63,10 @@ class Tokens:
         self.labels[:, 0] = self.labels[1, 3:] = self.labels[3, 5:] = -100
         self.mask = self.labels != -100
         self.log_q, self.log_p, self.log_r = (
-            (self.hidden.detach() if n else self.hidden) @ head.T
-            for n, head in enumerate(self.heads)
-        )
-        self.log_q, self.log_p, self.log_r = (
-            one.log_softmax(-1) for one in (self.log_q, self.log_p, self.log_r)
+            (hidden @ head.T).log_softmax(-1)
+            for hidden, head in zip(
+                (self.hidden, self.hidden.detach(), self.hidden.detach()), self.heads, strict=True
+            )
         )
 
     def responses(self, rows: slice = slice(None)) -> Responses:
@@ -83,7 +82,9 @@ class Tokens:
     def hold(self, found: Tensor, expected: Tensor) -> None:
         """Values and gradients are equal."""
         torch.testing.assert_close(found, expected)
-        gradients = (torch.autograd.grad(one, self.hidden)[0] for one in (found, expected))
+        gradients = (
+            torch.autograd.grad(one, self.hidden, retain_graph=True)[0] for one in (found, expected)
+        )
         torch.testing.assert_close(*gradients)
 
 

@@ -77,7 +77,7 @@ def test_equals_trl(beta, seed, shift):
         Responses(sums, mask.sum(1)), ref_logps, desirable, kl_sums - ref_kl_logps,
         beta=beta, **weights,
     )  # fmt: skip
-    assert found.kl == max(-shift, 0)
+    torch.testing.assert_close(found.kl.item(), float(max(-shift, 0)))
     torch.testing.assert_close(found.loss, expected)
 
 
@@ -111,12 +111,13 @@ def test_the_reference_point_gets_no_gradient():
     assert ratios.grad is None and logps.grad.ne(0).all()
 
 
-def test_a_good_enough_response_keeps_its_digits():
+@pytest.mark.parametrize("good", [True, False])
+def test_digits_of_responses_that_are_all_good_or_all_bad(good):
     logps = torch.tensor([0.0, -400.0], requires_grad=True)
     responses = Responses(logps, torch.tensor([9, 9]))
-    good = torch.tensor([True, False])
-    found = kto(responses, torch.tensor([-400.0, 0.0]), good, torch.zeros(()), beta=0.1)
-    torch.testing.assert_close(found.loss.item(), math.exp(-40), rtol=1e-5, atol=0)
+    desirable = torch.tensor([good, not good])
+    found = kto(responses, torch.tensor([-400.0, 0.0]), desirable, torch.zeros(()), beta=0.1)
+    torch.testing.assert_close(found.loss.item(), math.exp(-40) if good else 1.0, rtol=1e-5, atol=0)
     found.loss.backward()
-    expected = 0.05 * math.exp(-40)
-    torch.testing.assert_close(logps.grad, torch.tensor([-expected, expected]), rtol=1e-5, atol=0)
+    slope = 0.05 * math.exp(-40) * (1 if good else -1)
+    torch.testing.assert_close(logps.grad, torch.tensor([-slope, slope]), rtol=1e-5, atol=0)

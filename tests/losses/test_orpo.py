@@ -69,7 +69,7 @@ def test_what_the_formula_says():
 
 
 def test_the_published_likelihood_covers_the_prompt(trl):
-    """TRL takes it over prompt and response; `sft` of such labels beside ``sft_weight=0`` is that."""
+    """TRL's is of prompt and response: `sft` of such labels beside ``sft_weight=0`` is that."""
     logps = -torch.rand(4, 6)  # of two pairs, two prompt tokens each
     response, both = torch.ones(4, 6), torch.ones(4, 6)
     response[:, :2], response[1, 4:], both[1, 4:] = 0, 0, 0

@@ -44,7 +44,9 @@ def test_equals_trl_where_it_does_not_clamp(scale):
     labels[:, 0] = labels[2, 4:] = -100
     mask = labels != -100
     logps, ref_logps = linear_logps(hidden, head, labels), -5 * torch.rand(4).double()
-    log_sums = linear_stats(hidden, head, labels).log_sum_squared_probs
+    log_sums = linear_stats(hidden, head, labels, stats=["log_sum_squared_probs"])[
+        "log_sum_squared_probs"
+    ]
     responses = sum_responses(logps, labels)
     log_weights = sum_responses(logps - log_sums, labels)
     log_weights = log_weights.per_token(log_weights.logps)
