@@ -47,13 +47,15 @@ def adpa(
 
     The released code is another loss. It has :math:`A` for the aligned teacher's 50 likeliest
     tokens only and 0 for all others, takes that teacher's smallest stored probability where the
-    other teacher's is missing, and clamps :math:`A` to 1e-8 and 1, so that no token is punished.
+    other teacher's is missing, and clamps :math:`A` to 1e-8 and 1, so that no token is punished
+    (``clip=(0, 1)`` of `linear_divergence`).
 
     Args:
         responses: Sums over 2B responses, chosen ones and then the student's own, from
             `fastpref.sum_responses`.
         advantages: (B,) sums of the expected advantages over each of the student's own
-            responses, nats.
+            responses, nats: `fastpref.sum_responses` of `fastpref.linear_divergence` with
+            ``kind="advantage"``.
         weight: Weight of the mean advantage.
         sft_weight: Weight of the mean negative log-probability of the chosen tokens.
 

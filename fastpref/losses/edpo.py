@@ -55,7 +55,7 @@ def edpo(
     From memory and not verified are the square, the minimum, whether it is taken per pair or per
     batch, that the KL is a mean over the batch's responses, and that :math:`\gamma` multiplies
     it. ``beta`` is ours: the paper's values of it, of :math:`\gamma` and of k are not known
-    to us.
+    to us. A mean over models needs no option: its gradient is that of one model with mean rewards.
 
     Args:
         responses: Sums over 2B responses, chosen ones first, from `fastpref.sum_responses`.

@@ -52,7 +52,7 @@ def vanilla_kd(
     Args:
         chosen: Sums over B responses, from `fastpref.sum_responses`.
         divergences: (B,) sums over each response of the forward KL from the teacher to the
-            student, nats.
+            student, nats: `fastpref.sum_responses` of `fastpref.linear_divergence`.
         weight: Weight of the mean divergence.
         sft_weight: Weight of the mean negative log-probability of the tokens.
 
@@ -98,7 +98,8 @@ def gkd(
         chosen: Sums over the B responses that are trained on, whoever wrote them, from
             `fastpref.sum_responses`.
         divergences: (B,) sums over each response of the divergence between teacher and student,
-            nats.
+            nats: `fastpref.sum_responses` of `fastpref.linear_divergence`, whose ``kind`` and
+            ``beta`` say which.
         weight: Weight of the mean divergence.
         sft_weight: Weight of the mean negative log-probability of the tokens.
 
@@ -139,7 +140,7 @@ def dckd(
     Args:
         responses: Sums over 2B responses, chosen ones first, from `fastpref.sum_responses`.
         divergences: (2B,) sums over each response of the forward KL from the teacher to the
-            student, nats.
+            student, nats: `fastpref.sum_responses` of `fastpref.linear_divergence`.
         chosen_weight: Weight of the mean divergence on chosen responses.
         rejected_weight: Weight of the mean divergence on rejected responses.
         sft_weight: Weight of the mean negative log-probability of the chosen tokens.

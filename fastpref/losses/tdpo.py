@@ -46,7 +46,8 @@ def tdpo(
         responses: Sums over 2B responses, chosen ones first, from `fastpref.sum_responses`.
         ref_logps: (2B,) summed log-probabilities under the reference model.
         divergences: (2B,) sums over each response of the forward KL from the reference to the
-            policy, over the whole vocabulary, nats.
+            policy, over the whole vocabulary, nats: `fastpref.sum_responses` of
+            `fastpref.linear_divergence` with the reference in the teacher's place.
         beta: Strength of the pull towards the reference.
         alpha: Weight of the divergences.
         stop_gradient: Whether the chosen response's divergence is held constant in the backward

@@ -60,7 +60,7 @@ def test_what_the_formula_says():
 
 
 def test_the_mean_over_models_is_one_model_with_the_mean_reward():
-    """What the docs say of an ensemble's mean: its gradient is that of d-DPO on the mean."""
+    """It has the same gradient, so that a mean over models is no option."""
     logps = torch.randn(4, dtype=torch.float64, requires_grad=True)
     responses, ref_logps = Responses(logps, torch.ones(4).long()), torch.randn(4).double()
     rewards = torch.randn(3, 4).double()
