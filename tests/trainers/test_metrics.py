@@ -31,11 +31,11 @@ NAMES = {
 @pytest.mark.parametrize("method", METHODS)
 def test_every_output_is_logged(method):
     output = get_type_hints(METHODS[method])["return"]
-    values = [torch.tensor([1.0, 2.0, 4.0])] * len(output._fields)
+    values = dict.fromkeys(output._fields, torch.tensor([1.0, 2.0, 4.0]))
     if method == "kto":
-        values[output._fields.index("desirable")] = torch.tensor([True, False, False])
+        values |= {"desirable": torch.tensor([True, False, False]), "kl": torch.tensor(1.0)}
     weighs = "sft_weight" in inspect.signature(METHODS[method]).parameters
-    found = of_output(output(*values), {"sft_weight": 1.0} if weighs else {})
+    found = of_output(output(**values), {"sft_weight": 1.0} if weighs else {})
     expected = {NAMES[name] for name in output._fields if name in NAMES}
     assert expected <= set(found) and "loss" not in found
     assert ("loss/nll" in found) == weighs
