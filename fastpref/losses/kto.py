@@ -52,7 +52,7 @@ def kto(
 
     `KTO <https://arxiv.org/abs/2402.01306>`_. A mismatched pair is a prompt with the response of
     another, for instance the batch's responses rotated by one. :math:`z_0` gets no gradient. With
-    several processes the papers' :math:`z_0` is a mean over all: give that mean, in place of the
+    several processes the paper's :math:`z_0` is a mean over all: give that mean, in place of the
     log-ratios of one process. The defaults are those of TRL and HALOs; HALOs leaves log-ratios of
     0 out of the mean, and may clamp those of single tokens.
 
