@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -69,12 +69,14 @@ Smoothing = Annotated[float, Bounds(at_least=0, at_most=0.5)]
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a loss's options: numbers with `Bounds` and flags, by name."""
+    """The annotations of a loss's options, by name: numbers with `Bounds`, flags and choices."""
     hints = get_type_hints(function, include_extras=True)
     return {
         name: hints[name]
         for name in inspect.signature(function).parameters
-        if hints[name] is bool or any(isinstance(one, Bounds) for one in get_args(hints[name]))
+        if hints[name] is bool
+        or get_origin(hints[name]) is Literal
+        or any(isinstance(one, Bounds) for one in get_args(hints[name]))
     }
 
 
@@ -91,6 +93,8 @@ def check_annotated(annotations: Mapping[str, Any], values: Mapping[str, Any]) -
             continue
         if annotation is bool:
             check_flag(name, values[name])
+        elif get_origin(annotation) is Literal:
+            check_choice(name, values[name], get_args(annotation))
         else:
             checked[name] = check_number(name, values[name], **get_args(annotation)[1]._asdict())
     return checked
@@ -147,6 +151,14 @@ def check_floating(name: str, tensor: Tensor) -> None:
         refuse(name, "a tensor", type(tensor).__name__)
     if tensor.dtype not in FLOATS:
         refuse(name, "float64, float32, float16 or bfloat16", tensor.dtype)
+
+
+def check_flags(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a tensor of flags."""
+    if not isinstance(tensor, Tensor):
+        refuse(name, "a tensor", type(tensor).__name__)
+    if tensor.dtype != torch.bool:
+        refuse(name, "bool", tensor.dtype)
 
 
 def check_integers(name: str, tensor: Tensor) -> None:

@@ -33,7 +33,12 @@ class Responses(NamedTuple):
     def chosen_nll(self) -> Tensor:
         """Mean negative log-probability of all tokens of the chosen half, ()."""
         (chosen, _), (lengths, _) = self.likelihoods().chunk(2), self.lengths.chunk(2)
-        return -chosen.sum() / lengths.sum().clamp_min(1)
+        return -token_mean(chosen, lengths)
+
+
+def token_mean(sums: Tensor, lengths: Tensor) -> Tensor:
+    """The mean () over all tokens of responses, from sums (S,) over each and their lengths (S,)."""
+    return sums.sum() / lengths.sum().clamp_min(1)
 
 
 class Tokens(NamedTuple):

@@ -1,11 +1,11 @@
-"""What losses of pairs share: checks of their arguments, and what they return."""
+"""What losses share: checks of their arguments, and what those of pairs return."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast, get_type_hints
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast, get_args, get_type_hints
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from fastpref.checks import (
     check_annotated,
     check_device,
+    check_flags,
     check_floating,
     check_shape,
     options_of,
@@ -21,7 +22,7 @@ from fastpref.checks import (
 from fastpref.ops.backend import uses_triton
 from fastpref.responses import Responses, Tokens
 
-# Every method by its name; `pair_loss` adds them.
+# Every method by its name; `pair_loss` and `unpaired_loss` add them.
 METHODS: dict[str, Callable[..., Any]] = {}
 WITH_KERNEL = ("drdo", "tvkd")  # what `fastpref.losses.fused` has
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
@@ -40,21 +41,47 @@ class LossOutput(NamedTuple):
     nll_loss: Tensor  # () mean negative log-probability of the chosen tokens, nats
 
 
+class Shape(NamedTuple):
+    """The annotation of a tensor that is not one floating-point number per response."""
+
+    words: str
+    fits: Callable[[tuple[int, ...], int], bool]  # of its shape and the number of responses
+    flags: bool = False
+
+
 def pair_loss(
     loss: Callable[Concatenate[Responses, Parameters], Output],
 ) -> Callable[Concatenate[Responses | Tokens, Parameters], Output]:
     """Make a function a method: it is registered by its name, and its arguments are checked.
 
     Its first argument is `Responses`, of all 2B responses or, called ``chosen``, of the chosen
-    ones alone. Other tensors are (2B,) and are cast to the dtype of the log-probabilities. Numbers
-    and flags must keep to their annotations. In place of `Responses` it also takes `Tokens`, which
-    a Triton kernel sums if the method has one, and `Tokens.sums` otherwise.
+    ones alone. Other tensors are (2B,), or what their `Shape` says, and are cast to the dtype of
+    the log-probabilities. Options must keep to their annotations. In place of `Responses` it also
+    takes `Tokens`, which a Triton kernel sums if the method has one, and `Tokens.sums` otherwise.
     """
+    return _method(loss, paired=True)
+
+
+def unpaired_loss(
+    loss: Callable[Concatenate[Responses, Parameters], Output],
+) -> Callable[Concatenate[Responses | Tokens, Parameters], Output]:
+    """`pair_loss` for a loss of S responses that make no pairs; other tensors are (S,)."""
+    return _method(loss, paired=False)
+
+
+def _method(
+    loss: Callable[Concatenate[Responses, Parameters], Output], *, paired: bool
+) -> Callable[Concatenate[Responses | Tokens, Parameters], Output]:
     parameters = inspect.signature(loss).parameters
     first, *names = parameters
     positional = [name for name in names if parameters[name].kind != KEYWORD_ONLY]
-    hints = get_type_hints(loss)
-    tensors = [name for name in names if hints[name] in (Tensor, Tensor | None)]
+    hints, annotations = get_type_hints(loss), get_type_hints(loss, include_extras=True)
+    each = "(2B,), one number per response" if paired else "(S,), one number per response"
+    tensors = {
+        name: next((one for one in get_args(annotations[name]) if isinstance(one, Shape)), each)
+        for name in names
+        if hints[name] in (Tensor, Tensor | None)
+    }
     options = options_of(loss)
     defaults = {name: parameters[name].default for name in (*options, *tensors)}
 
@@ -65,11 +92,11 @@ def pair_loss(
         given: dict[str, Any] = {**dict(zip(positional, arguments, strict=False)), **named}
         if len(given) < len(arguments) + len(named):  # too many, or one twice: Python says so
             return loss(cast(Responses, responses), *arguments, **named)
-        count = _check_responses(first, responses)
+        count = _check_responses(first, responses, paired)
         given = check_annotated(options, given)
-        for name in tensors:
+        for name, shape in tensors.items():
             if name in given and (given[name] is not None or hints[name] is Tensor):
-                given[name] = _ready(name, given[name], responses.logps, count)
+                given[name] = _ready(name, given[name], responses.logps, count, shape)
         if isinstance(responses, Tokens):
             if _has_kernel(loss.__name__, responses, given, but=next(iter(names), "")):
                 from fastpref.losses.fused import FUSED
@@ -82,8 +109,8 @@ def pair_loss(
     return call
 
 
-def _check_responses(name: str, responses: Any) -> int:
-    """The number of responses of all pairs, 2B; refused is what is no `Responses` of pairs."""
+def _check_responses(name: str, responses: Any, paired: bool) -> int:
+    """The number of responses, for pairs 2B; refused is what is no `Responses` of so many."""
     if not isinstance(responses, Responses | Tokens):
         refuse(name, "Responses, from sum_responses", type(responses).__name__)
     if isinstance(responses, Responses):
@@ -93,18 +120,27 @@ def _check_responses(name: str, responses: Any) -> int:
         for field, values in responses._asdict().items():
             if values is not None:
                 check_shape(field, values, responses.logps.shape, "(S,), one number per response")
-    count: int = responses.sequences() * (2 if name == "chosen" else 1)
-    if not count or count % 2:
+    count: int = responses.sequences() * (2 if paired and name == "chosen" else 1)
+    if paired and (not count or count % 2):
         refuse(name, "2B responses, chosen ones first and as many rejected after them", count)
+    if not count:
+        refuse(name, "at least one response", count)
     return count
 
 
-def _ready(name: str, values: Any, logps: Tensor, count: int) -> Tensor:
-    """One number per response, in the dtype of the log-probabilities."""
-    check_floating(name, values)
-    check_shape(name, values, (count,), "(2B,), one number per response")
+def _ready(name: str, values: Any, logps: Tensor, count: int, shape: Shape | str) -> Tensor:
+    """A tensor of its shape, (count,) if that is words, in the dtype of the log-probabilities."""
+    flags = isinstance(shape, Shape) and shape.flags
+    if flags:
+        check_flags(name, values)
+    else:
+        check_floating(name, values)
+    if isinstance(shape, str):
+        check_shape(name, values, (count,), shape)
+    elif not shape.fits(tuple(values.shape), count):
+        refuse(name, f"shape {shape.words}", tuple(values.shape))
     check_device(name, values, "labels", logps)
-    return cast(Tensor, values).to(logps.dtype)
+    return cast(Tensor, values if flags else values.to(logps.dtype))
 
 
 def _has_kernel(method: str, tokens: Tokens, given: dict[str, Any], *, but: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -17,13 +17,17 @@ from fastpref.losses import METHODS
 from fastpref.responses import Tokens
 
 META = torch.device("meta")
+UNPAIRED = ("sft", "seqkd", "vanilla_kd", "gkd", "kto")
+OF_HALF = (("adpa", "advantages"), ("vanilla_kd", "divergences"), ("gkd", "divergences"))
 
 
 def loss_arguments(method: str) -> dict[str, Any]:
     """Two pairs that a method accepts, by name."""
     tensors = get_type_hints(METHODS[method])
     return {
-        name: torch.zeros(4)
+        name: torch.zeros(2 if (method, name) in OF_HALF else 4).to(
+            torch.bool if name == "desirable" else torch.float32
+        )
         for name, parameter in inspect.signature(METHODS[method]).parameters.items()
         if tensors[name] is Tensor and parameter.default is parameter.empty
     }
@@ -41,11 +45,12 @@ def test_a_loss_refuses_what_is_no_responses(method):
     METHODS[method](responses_of(method), **given)
     with pytest.raises(ValueError, match="expected Responses, from sum_responses, got Tensor"):
         METHODS[method](torch.zeros(4), **given)
-    with pytest.raises(ValueError, match="expected 2B responses, .* got 0"):
+    expected = "at least one response" if method in UNPAIRED else "2B responses, .*"
+    with pytest.raises(ValueError, match=f"expected {expected}, got 0"):
         METHODS[method](responses_of(method, 0), **given)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "oracle"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in (*UNPAIRED, "oracle")])
 def test_a_loss_refuses_an_odd_number_of_responses(method):
     with pytest.raises(ValueError, match="responses: expected 2B responses, .* got 3"):
         METHODS[method](responses_of(method, 3), **loss_arguments(method))
@@ -55,12 +60,17 @@ def test_a_loss_refuses_an_odd_number_of_responses(method):
     ("method", "name"), [(method, name) for method in METHODS for name in loss_arguments(method)]
 )
 def test_a_loss_refuses_tensors_that_do_not_fit(method, name):
+    good = loss_arguments(method)[name]
     bad = {
-        "(2,)": torch.zeros(2),
-        "list": [0.0] * 4,
-        "torch.int64": torch.zeros(4, dtype=torch.int64),
-        "meta": torch.zeros(4, device=META),
+        "(2, 3)": good.new_zeros(2, 3),
+        "(0,)": good[:0],
+        "(1, 4, 1)": good.new_zeros(1, 4, 1),
+        "list": good.tolist(),
+        "torch.int64": good.long(),
+        "meta": good.to(META),
     }
+    if name != "kl_log_ratios":  # of which there is any number
+        bad["(3,)"] = good.new_zeros(3)
     for got, value in bad.items():
         given = loss_arguments(method) | {name: value}
         with pytest.raises(ValueError, match=f"^{name}: expected .*got {re.escape(got)}"):
@@ -72,8 +82,12 @@ def test_a_loss_refuses_tensors_that_do_not_fit(method, name):
     [(method, name) for method in METHODS for name in options_of(METHODS[method])],
 )
 def test_a_loss_refuses_options_before_a_trainer_starts(method, name):
-    bad = "no" if options_of(METHODS[method])[name] is bool else math.nan
-    expected = "True or False" if bad == "no" else "a finite number"
+    annotation = options_of(METHODS[method])[name]
+    bad, expected = math.nan, "a finite number"
+    if annotation is bool:
+        bad, expected = "no", "True or False"
+    elif get_origin(annotation) is Literal:
+        bad, expected = "no", " or ".join(map(repr, get_args(annotation)))
     with pytest.raises(ValueError, match=f"^{name}: expected {expected}"):
         check_options(METHODS[method], {name: bad})
     with pytest.raises(ValueError, match=f"^{name}: expected {expected}"):
@@ -104,6 +118,13 @@ def test_a_loss_refuses_nothing_for_what_it_needs(method, name, summed):
         responses = responses._replace(mask=responses.logps < 0)
     with pytest.raises(ValueError, match=f"^{name}: expected a tensor, got NoneType"):
         METHODS[method](responses, **loss_arguments(method) | {name: None})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_flags_of_another_dtype(dtype):
+    given = loss_arguments("kto") | {"desirable": torch.ones(4, dtype=dtype)}
+    with pytest.raises(ValueError, match=f"^desirable: expected bool, got {dtype}"):
+        METHODS["kto"](responses_of("kto"), **given)
 
 
 @pytest.mark.parametrize("method", METHODS)

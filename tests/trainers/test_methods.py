@@ -7,6 +7,7 @@ import doctest
 import functools
 import inspect
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fastpref.integrations.trl import (
     TVKDConfig,
     TVKDTrainer,
 )
+from fastpref.integrations.trl.config import GIVEN, inputs_of
 from fastpref.losses import METHODS
 from fastpref.models.reward_head import has_reward_head
 
@@ -30,11 +32,12 @@ DATA = dataset(**signal("shaping"), **signal("reward"))
 OPTIONS = {
     name: [
         option
-        for option, parameter in inspect.signature(loss).parameters.items()
-        if not re.search("Tensor|Responses|Tokens", str(parameter.annotation))
+        for option in inspect.signature(loss).parameters
+        if not re.search("Tensor|Responses|Tokens", str(get_type_hints(loss)[option]))
     ]
     for name, loss in METHODS.items()
 }
+TRAINED = [name for name in METHODS if set(inputs_of(name)) <= set(GIVEN)]
 
 
 @functools.cache
@@ -49,7 +52,7 @@ def config(method, **settings):
     return PreferenceConfig("unused", **SETTINGS | {"method": method} | settings)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_trains(tmp_path, method):
     ref_model = student(seed=5) if config(method).has_reference() else None
     found = trainer(
@@ -58,7 +61,9 @@ def test_trains(tmp_path, method):
     )  # fmt: skip
     before = [parameter.clone() for parameter in found.model.parameters()]
     logged = history(found)[0]
-    assert {"logps/chosen", "rewards/margins", "entropy", "mean_token_accuracy"} <= set(logged)
+    assert {"logps/chosen", "entropy", "mean_token_accuracy"} <= set(logged)
+    has_rewards = "chosen_rewards" in get_type_hints(METHODS[method])["return"]._fields
+    assert ("rewards/margins" in logged) == has_rewards
     after = list(found.model.parameters())
     assert any(not one.equal(other) for one, other in zip(before, after, strict=True))
     rewards = {"rewards", "student_rewards"} & set(inspect.signature(METHODS[method]).parameters)
@@ -66,7 +71,15 @@ def test_trains(tmp_path, method):
     assert {"trl", "fastpref", method} <= set(found.model.model_tags)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_refuses_a_method_that_reads_what_no_trainer_gives(monkeypatch):
+    absent = [name for name in GIVEN if name not in ("ref_logps", "oracle_rewards")]
+    monkeypatch.setattr("fastpref.integrations.trl.config.GIVEN", absent)
+    got = "got 'edpo', which reads ref_logps and oracle_rewards"
+    with pytest.raises(ValueError, match=rf"method: expected .*\(responses, .*\), {got}"):
+        config("edpo")
+
+
+@pytest.mark.parametrize("method", TRAINED)
 def test_options_are_the_losses_own(method):
     args, parameters = config(method), inspect.signature(METHODS[method]).parameters
     for name in OPTIONS[method]:
@@ -105,6 +118,7 @@ def test_help_of_what_signals_need():
         ({"method": "tvkd", "sft_weight": NAN}, "sft_weight: expected a finite number"),
         ({"method": "oracle", "sft_weight": -1.0}, "sft_weight: expected .* at least 0"),
         ({"method": "dpo", "label_smoothing": 0.6}, "label_smoothing: expected .* at most 0.5"),
+        ({"method": "edpo", "aggregate": "best"}, "aggregate: expected 'min_pair' or 'min_batch'"),
         ({"method": "tvkd", "value_temperature": 0.0}, "value_temperature: expected .* above 0"),
         ({"method": "tvkd", "length_normalize": "x"}, "length_normalize: expected True or False"),
         ({"method": "tvkd", "form": "best"}, "form: expected 'difference' or 'next_value'"),
@@ -113,7 +127,7 @@ def test_help_of_what_signals_need():
         ({"method": "dpo", "alpha": 1.0}, "alpha: expected None, since method 'dpo' has no such"),
         ({"method": "ipo", "reference_free": True}, "reference_free: expected None, since"),
         ({"method": "drdo", "potential": "max"}, "potential: expected None, since"),
-        ({"method": "best"}, "method: expected 'dpo' or 'ipo' or"),
+        ({"method": "best"}, "method: expected .*'dpo' or 'ipo' or"),
         ({"method": "dpo", "loss_type": ["ipo"]}, "loss_type: expected .'sigmoid'., since"),
     ],
 )

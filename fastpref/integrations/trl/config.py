@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
@@ -34,6 +34,8 @@ OF_REFERENCE = (
     "precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha ref_model_sync_steps".split()
 )
 INPUTS = (Responses, Tensor, Tensor | None)  # annotations of what a loss reads of a batch
+# What trainers give a loss of it.
+GIVEN = "responses chosen ref_logps shaping oracle_rewards rewards student_rewards".split()
 
 
 def shaping_options(
@@ -76,8 +78,16 @@ def reference_options(*, reference_free: bool = True) -> bool:
 def inputs_of(method: str) -> dict[str, bool]:
     """What a loss reads of a batch, by the names of its parameters, and whether it has to."""
     parameters = inspect.signature(METHODS[method], eval_str=True).parameters.values()
-    inputs = [one for one in parameters if one.annotation in INPUTS]
+    inputs = [one for one in parameters if _is_input(one)]
     return {one.name: one.default is inspect.Parameter.empty for one in inputs}
+
+
+def _is_input(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is read of a batch, whatever its shape."""
+    annotation = parameter.annotation
+    if get_origin(annotation) is Annotated:
+        annotation = annotation.__origin__
+    return annotation in INPUTS
 
 
 @functools.cache
@@ -85,7 +95,7 @@ def _options(*functions: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The parameters that are no inputs, by name."""
     signatures = [inspect.signature(function, eval_str=True) for function in functions]
     parameters = [one for signature in signatures for one in signature.parameters.values()]
-    return {one.name: one for one in parameters if one.annotation not in INPUTS}
+    return {one.name: one for one in parameters if not _is_input(one)}
 
 
 def _sources(method: str) -> list[Callable[..., Any]]:
@@ -216,6 +226,9 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
     def _settle(self) -> None:
         """Give the method's options their values, and refuse what it has no use for."""
         check_choice("method", self.method, tuple(OPTIONS))
+        if absent := [name for name in inputs_of(self.method) if name not in GIVEN]:
+            what = f"a method of which a trainer has all inputs ({', '.join(GIVEN)})"
+            refuse("method", what, f"{self.method!r}, which reads {' and '.join(absent)}")
         options = OPTIONS[self.method]
         others = [name for name in ALL_OPTIONS if name not in options]
         self.refuse_set(others, f"method {self.method!r} has no such option")
@@ -223,8 +236,6 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         for name, option in options.items():
             if getattr(self, name) is None:
                 setattr(self, name, option.default)
-            if choices := _choices(option.annotation):
-                check_choice(name, getattr(self, name), choices)
         check_scratch_bytes(self.scratch_bytes)
         for function in _sources(self.method):
             check_options(function, vars(self))

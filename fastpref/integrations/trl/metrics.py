@@ -15,22 +15,30 @@ SIDES = ("chosen", "rejected")
 def of_output(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
     """What a loss returned, by TRL's names: ``chosen_rewards`` is ``rewards/chosen``.
 
-    Parts of the loss are ``loss/<part>``: the likelihood only where it is a part.
+    Parts of the loss are ``loss/<part>``: the likelihood only where it is a part. Of unpaired
+    responses, the desirable ones are those that count as chosen.
     """
     metrics = {}
-    for name, values in output._asdict().items():
+    found = output._asdict()
+    desirable = found.pop("desirable", None)
+    for name, values in found.items():
         first, _, second = name.partition("_")
         is_part = name != "nll_loss" or options.get("sft_weight")
         if name == "loss" or values is None or not is_part:
+            continue
+        if desirable is not None and values.shape == desirable.shape:
+            metrics[f"{name}/chosen"] = summed(values, desirable)
+            metrics[f"{name}/rejected"] = summed(values, ~desirable)
             continue
         if first in SIDES:
             name = f"{second}/{first}"
         elif second == "loss":
             name = f"loss/{first}"
         metrics[name] = summed(values)
-    chosen, rejected = output.chosen_rewards, output.rejected_rewards
-    metrics["rewards/accuracies"] = summed((chosen > rejected).float())
-    metrics["rewards/margins"] = summed(chosen - rejected)
+    if "chosen_rewards" in found:
+        chosen, rejected = output.chosen_rewards, output.rejected_rewards
+        metrics["rewards/accuracies"] = summed((chosen > rejected).float())
+        metrics["rewards/margins"] = summed(chosen - rejected)
     return metrics
 
 
