@@ -36,16 +36,16 @@ def backend() -> str:
     return "hip" if torch.version.hip else "xpu" if torch.version.xpu else "cuda"
 
 
-def compile_options(*, all_registers: bool = False) -> dict[str, bool | int]:
+def compile_options(*, many_registers: bool = False) -> dict[str, bool | int]:
     """How kernels are compiled, whatever is Triton's default.
 
     A product and the sum that follows are one instruction, rounded once: from Triton 3.10 on that
-    has to be asked for. With `all_registers` NVIDIA's compiler may use every register of a thread:
-    by itself it spills some of them to have more threads at once.
+    has to be asked for. With `many_registers` NVIDIA's compiler may use nearly all of a thread's:
+    by itself it spills some to have more threads at once, and allowed all 255 it spills again.
     """
     options: dict[str, bool | int] = {"enable_fp_fusion": True}
-    if all_registers and backend() == "cuda":
-        options["maxnreg"] = 255
+    if many_registers and backend() == "cuda":
+        options["maxnreg"] = 232
     return options
 
 

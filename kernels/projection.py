@@ -92,7 +92,7 @@ def launch_projection(
             BLOCK_HIDDEN=config.block_hidden,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            **compile_options(all_registers=hidden.dtype == torch.float32),
+            **compile_options(many_registers=hidden.dtype == torch.float32),
         )
     return target_logit, parts
 

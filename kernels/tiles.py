@@ -82,7 +82,7 @@ def fold_tile(
             BLOCK=block,
             EARLIER_BLOCK=ELEMENTS,
             num_warps=_warps(block, logits_per_warp),
-            **compile_options(all_registers=rest is not None),
+            **compile_options(many_registers=rest is not None),
         )
 
 
