@@ -204,10 +204,10 @@ def save_reference(folder: Path, dtype: str, tokens: int, kind: Kind, device: st
     weight = student.weight.double().requires_grad_()
     theirs = teacher.weight.double().T
     value, hidden_grads = 0.0, []
-    for rows in torch.arange(tokens).split(REFERENCE_ROWS):
-        hidden = student.hidden[rows].double().requires_grad_()
-        logits = teacher.hidden[rows].double() @ theirs
-        share = from_logits(hidden @ weight.T, logits, kind) * (len(rows) / tokens)
+    for start in range(0, tokens, REFERENCE_ROWS):
+        hidden = student.hidden[start : start + REFERENCE_ROWS].double().requires_grad_()
+        logits = teacher.hidden[start : start + REFERENCE_ROWS].double() @ theirs
+        share = from_logits(hidden @ weight.T, logits, kind) * (len(hidden) / tokens)
         torch.autograd.backward(share)
         assert hidden.grad is not None
         hidden_grads.append(hidden.grad)
@@ -290,7 +290,7 @@ def _measure(job: Job) -> Row:
     student.hidden.grad = student.weight.grad = None
     device = torch.device(job.device)
     peak = peak_growth(step, device)
-    gradients = (student.hidden.grad, student.weight.grad)
+    gradients: list[Tensor | None] = [student.hidden.grad, student.weight.grad]
     returned = sum(one.nbytes for one in gradients if one is not None)
     row = _row(job, "ok")
     row.peak_extra_bytes = max(peak - returned, 0)

@@ -66,7 +66,7 @@ def trl(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     no_bias = None
-    found: Tensor = ChunkedDivergenceFunction.apply(
+    found: Tensor = ChunkedDivergenceFunction.apply(  # type: ignore[no-untyped-call]  # TRL's own
         student.hidden, student.weight, no_bias, teacher.hidden, teacher.weight, no_bias, BETA[kind]
     )[0]
     return found.mean()
@@ -87,7 +87,8 @@ def fastpref(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor
     """Call fastpref as it comes."""
     from fastpref import linear_divergence
 
-    return linear_divergence(*student, *teacher, labels, kind=kind).mean()
+    found: Tensor = linear_divergence(*student, *teacher, labels, kind=kind)
+    return found.mean()
 
 
 BASELINE = "full logits"
