@@ -103,11 +103,12 @@ def skew_kl(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
     half_tanh = pair.half_tanh()
     larger = _larger_over_mixture(pair, half_tanh, share)
     log_p = pair.log_ratio.clamp_(max=0).add_(larger)
-    terms = times(pair.p, log_p, out=log_p).sum(1)
-    excess = pair.excess(half_tanh).sum(1)
-    over_mixture = half_tanh.mul_(2).div_(pair.mixture)  # (p - q) / m
+    terms = times(pair.p, log_p, out=pair.spare).sum(1)
+    values = terms - (1 - share) * pair.excess(half_tanh).sum(1)
+    # Not from the difference of p and m, which loses what is left of p where q is far above it.
+    over_mixture = torch.exp(log_p, out=pair.out)
     _mean, gradient = centred(over_mixture.mul_(pair.q), pair.q)
-    return terms - (1 - share) * excess, gradient.mul_(-((1 - share) ** 2))
+    return values, gradient.mul_(share - 1)
 
 
 def skew_reverse_kl(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -162,7 +163,9 @@ def centred(terms: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _larger_over_mixture(pair: Pair, half_tanh: Tensor, share: float) -> Tensor:
     """``log(max(p, q) / m)`` in ``spare``, and the mixture in its place."""
-    tilt = 2 * share - 1
+    tilt, larger = 2 * share - 1, torch.abs(half_tanh, out=pair.spare)
+    if tilt == 0:
+        pair.mixture.fill_(1)
+        return larger.log1p_()
     mixture = torch.mul(half_tanh, tilt, out=pair.mixture).add_(1)
-    larger = torch.abs(half_tanh, out=pair.spare).sub_(half_tanh, alpha=tilt)
-    return larger.div_(mixture).log1p_()
+    return larger.sub_(half_tanh, alpha=tilt).div_(mixture).log1p_()
