@@ -4,10 +4,9 @@ import formulas
 import pytest
 import torch
 from cases import DTYPES, reference_logps, reference_logsumexp
-from closeness import assert_no_worse
 from hypothesis import given
 from hypothesis import strategies as st
-from two_heads import EVERY, TwoHeads, two_heads
+from two_heads import EVERY, TwoHeads, hold, two_heads
 
 from fastpref import Head, linear_logps_with_stats
 from fastpref.ops import linear_divergence, linear_divergence_with_stats, tiling
@@ -46,22 +45,21 @@ def sign_is_clear(case: TwoHeads) -> bool:
 )
 def test_equals_the_reference(dtype, name, case, trained, compact, scratch_bytes):
     ours, plain = (case.to(dtype, trained=trained) for _ in range(2))
-    exact = ours.to(torch.float64, trained=trained)
-    expected, rough = exact.expected(name), plain.expected(name)
+    exact, nearby = ours.to(torch.float64, trained=trained), ours.nearby()
     found = ours.run(name, compact=compact, scratch_bytes=scratch_bytes)
+    values = [found, *(one.expected(name) for one in (plain, nearby, exact))]
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_no_worse(found, rough, expected, dtype)
+    hold(*(one.detach() for one in values), dtype)
     assert (found[~case.labelled()] == 0).all()
     if name == "total_variation" and not sign_is_clear(ours):
         return
     incoming = torch.randn(found.shape, dtype=torch.float64)
-    for values in (expected, rough, found):
-        values.backward(incoming.to(values.dtype))
-    for gradient, rough_gradient, exact_gradient in zip(
-        ours.student.gradients(), plain.student.gradients(), exact.student.gradients(), strict=True
-    ):
-        assert gradient.dtype == dtype
-        assert_no_worse(gradient, rough_gradient, exact_gradient, dtype)
+    for one in values:
+        one.backward(incoming.to(one.dtype))
+    cases = (ours, plain, nearby, exact)
+    for gradients in zip(*(one.student.gradients() for one in cases), strict=True):
+        assert gradients[0].dtype == dtype
+        hold(*gradients, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,30 +72,30 @@ def test_equals_the_reference(dtype, name, case, trained, compact, scratch_bytes
 )
 def test_stats_are_those_of_linear_logps(dtype, case, name, trained, compact, scratch_bytes):
     """And every gradient of the divergence, the log-probabilities and the logsumexp at once."""
-    if name == "total_variation" and not sign_is_clear(case.to(dtype, trained=False)):
-        return
     ours, plain = (case.to(dtype, trained=trained) for _ in range(2))
-    exact = ours.to(torch.float64, trained=trained)
-    options = {"compact": compact, "scratch_bytes": scratch_bytes}
-    found = ours.run(name, linear_divergence_with_stats, **options)
-    (hidden, head, labels, _), labelled = ours.student, case.labelled()
-    stats = linear_logps_with_stats(hidden, head, labels, **case.student.options)
+    exact, nearby = ours.to(torch.float64, trained=trained), ours.nearby()
+    found = ours.run(
+        name, linear_divergence_with_stats, compact=compact, scratch_bytes=scratch_bytes
+    )
+    (hidden, head, labels, options), labelled = ours.student, case.labelled()
+    stats = linear_logps_with_stats(hidden, head, labels, **options)
     assert not found.entropy.requires_grad and not found.is_top1.requires_grad
     torch.testing.assert_close(found.entropy, stats.entropy, atol=2e-6, rtol=2e-5)
-    expected, rough = (
+    values = [found[:3]] + [
         (one.expected(name), reference_logps(one.student), reference_logsumexp(one.student))
-        for one in (exact, plain)
-    )
-    for one, plain_one, exact_one in zip(found[:3], rough, expected, strict=True):
-        assert_no_worse(one, plain_one * labelled, exact_one * labelled, dtype)
+        for one in (plain, nearby, exact)
+    ]
+    for same in zip(*values, strict=True):
+        hold(*(one.detach() * labelled for one in same), dtype)
+    if name == "total_variation" and not sign_is_clear(ours):
+        return
     weights = torch.randn(3, *labels.shape, dtype=torch.float64) * labelled
-    for values in (expected, rough, found[:3]):
-        terms = zip(weights, values, strict=True)
-        sum((w.to(one.dtype) * one).sum() for w, one in terms).backward()
-    for gradients in zip(
-        ours.student.gradients(), plain.student.gradients(), exact.student.gradients(), strict=True
-    ):
-        assert_no_worse(*gradients, dtype)
+    for one in values:
+        terms = zip(weights, one, strict=True)
+        sum((w.to(value.dtype) * value).sum() for w, value in terms).backward()
+    cases = (ours, plain, nearby, exact)
+    for gradients in zip(*(one.student.gradients() for one in cases), strict=True):
+        hold(*gradients, dtype)
 
 
 @given(case=two_heads())
