@@ -55,7 +55,7 @@ class TwoHeads(NamedTuple):
             if tensor is None:
                 return None
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            near = tensor.detach().double() * (1 + 2.0**-22 * noise)
+            near = tensor.detach().double() * (1 + 2.0**-20 * noise)
             return near.requires_grad_(tensor.requires_grad)
 
         def model(one: Model) -> Model:
@@ -95,7 +95,10 @@ class TwoHeads(NamedTuple):
 def hold(found: Tensor, plain: Tensor, nearby: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     """`assert_no_worse`, and than the formula itself where plain PyTorch was exact by luck."""
     rough = max(plain, nearby, key=lambda one: float((one.double() - exact).norm()))
-    assert_no_worse(found, rough, exact, dtype)
+    # Beside a perfect entry, for what float64 itself rounds away where both models are certain.
+    perfect = exact.new_tensor([1e-9])
+    values = (torch.cat((one.reshape(-1).double(), perfect)) for one in (found, rough, exact))
+    assert_no_worse(*values, dtype)
 
 
 @st.composite
