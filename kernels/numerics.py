@@ -61,6 +61,12 @@ def log1p_bounded(u):
 
 
 @triton.jit
+def log1p(u):
+    """`log(1 + u)` for `u >= 0`."""
+    return tl.where(u > 1.0, tl.log(1.0 + u), log1p_bounded(tl.minimum(u, 1.0)))
+
+
+@triton.jit
 def logsigmoid(x):
     """`log(1 / (1 + exp(-x)))`."""
     return tl.minimum(x, 0.0) - log1p_bounded(tl.exp(-tl.abs(x)))

@@ -133,7 +133,7 @@ def _groups(
     probabilities = coefficients.of_probabilities is not None
     reader = RowBlocks(student, comparison, stats=False, probabilities=probabilities)
     for rows in reader.of(number, count):
-        yield rows, KeptRows(*reader.read(rows))
+        yield rows, reader.read(rows)
 
 
 def _gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import multiply, operand_dtype, statistics_dtype
+from fastpref.ops.backend import multiply, operand_dtype, statistics_dtype, uses_triton
 from fastpref.ops.divergences import KINDS, SIGNED, Pair, Settings, times
 from fastpref.ops.operands import Logits
 from fastpref.ops.tiling import (
@@ -120,35 +120,94 @@ class RowBlocks:
         like, width = student.hidden.new_empty(0, dtype=self.dtype), padded(self.vocab_size)
         self.numbers = RowNumbers(*like.new_zeros(len(RowNumbers._fields), count).unbind())
         self.step = rows_per_block(count, self.vocab_size, like)
-        self.piece = min(self.step, rows_per_piece(self.vocab_size, like))
         self.tiles = like.new_empty(2, self.step * width).unbind()
-        self.spare = like.new_empty(5 if probabilities else 4, self.piece * width).unbind()
+        self.by_kernels = uses_triton(like)
+        if not self.by_kernels:
+            self.piece = min(self.step, rows_per_piece(self.vocab_size, like))
+            self.spare = like.new_empty(5 if probabilities else 4, self.piece * width).unbind()
 
     def of(self, start: int, stop: int) -> Iterator[slice]:
         """Blocks of some of the rows."""
         return blocks(start, stop, self.step)
 
-    def read(self, rows: slice, gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Read one block, and write its numbers.
+    def read(self, rows: slice, place: KeptRows | None = None) -> KeptRows:
+        """Read one block, write its numbers, and return its gradient: in ``place`` if given."""
+        student, teacher = self._tiles(rows)
+        if self.by_kernels:
+            if place is None:
+                places = (self._operand(one) for one in (student, teacher))
+                place = KeptRows(next(places), next(places) if self.probabilities else None)
+            self._project(rows, student, teacher)
+            self._compare_by_kernel(rows, student, teacher, place)
+            return place
+        if place is not None and place.gradient.dtype == self.dtype:
+            student = place.gradient
+        self._project(rows, student, teacher)
+        for piece in self._pieces(rows):
+            self._compare(rows.start + piece.start, student[piece], teacher[piece])
+        found = KeptRows(student, teacher if self.probabilities else None)
+        if place is not None:
+            if place.gradient is not student:
+                place.gradient.copy_(student)
+            if place.probabilities is not None:
+                place.probabilities.copy_(teacher)
+        return found
 
-        Returns the gradient (n_b, V) of its divergences with respect to the student's projections,
-        but for the constant factor of the slope, in the place of ``gradient`` if that is given. And
-        with ``probabilities`` the student's (n_b, V), damped like the gradient, 0 at the label.
+    def read_numbers(self, rows: slice) -> None:
+        """Read one block for its numbers alone."""
+        if not self.by_kernels:
+            self.read(rows)
+            return
+        student, teacher = self._tiles(rows)
+        self._project(rows, student, teacher)
+        self._compare_by_kernel(rows, student, teacher)
+
+    def _tiles(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The buffers (n_b, V) of one block's projections."""
+        student, teacher = (
+            carve(one, rows.stop - rows.start, self.vocab_size) for one in self.tiles
+        )
+        return student, teacher
+
+    def _pieces(self, rows: slice) -> Iterator[slice]:
+        """What of a block is computed elementwise at once, counted from its first row."""
+        return blocks(0, rows.stop - rows.start, self.piece)
+
+    def _operand(self, tile: Tensor) -> Tensor:
+        """The memory of a tile as one in the dtype of matrix products, which may be narrower."""
+        return tile.view(operand_dtype(self.student.hidden))[:, : self.vocab_size]
+
+    def _project(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
+        """Write the projections of one block, or for the teacher's with a reference, `log_ratio_`.
+
+        The student's are not there yet while the reference's are.
         """
-        count = rows.stop - rows.start
-        student, teacher = (carve(one, count, self.vocab_size) for one in self.tiles)
-        if gradient is not None:
-            student = gradient
-        pieces = list(blocks(0, count, self.piece))
         project(self.teacher, rows, teacher)
         if self.reference is not None:
             project(self.reference, rows, student)
-            for piece in pieces:
-                self._log_ratio(rows.start + piece.start, teacher[piece], student[piece])
+            if self.by_kernels:
+                from fastpref.kernels.divergences import log_ratio_rows
+
+                transforms = self.teacher.transform, self.reference.transform
+                log_ratio_rows(teacher, student, *transforms, self.numbers.divergence[rows])
+            else:
+                for piece in self._pieces(rows):
+                    self._log_ratio(rows.start + piece.start, teacher[piece], student[piece])
         project(self.student, rows, student)
-        for piece in pieces:
-            self._compare(rows.start + piece.start, student[piece], teacher[piece])
-        return student, teacher
+
+    def _compare_by_kernel(
+        self, rows: slice, student: Tensor, teacher: Tensor, place: KeptRows | None = None
+    ) -> None:
+        """What `_compare` does, of a whole block; the gradient only where it has a place."""
+        from fastpref.kernels.divergences import compare_rows
+
+        divergence, *statistics = (one[rows] for one in self.numbers)
+        compare_rows(
+            student, teacher, self.student.labels_of(rows), self.student.transform,
+            self.teacher.transform if self.reference is None else None,
+            self.kind, *self.settings, divergence, statistics if self.stats else (),
+            *(place or ()),
+        )  # fmt: skip
 
     def _log_ratio(self, start: int, teacher: Tensor, reference: Tensor) -> None:
         """Overwrite the teacher's projections by its log-probabilities less the reference's."""
@@ -202,9 +261,12 @@ class RowBlocks:
 
 
 class KeptRows(NamedTuple):
-    """What `RowBlocks.read` gives of the first rows: every tensor (k, V)."""
+    """What `RowBlocks.read` gives of some rows: every tensor (k, V)."""
 
+    # Of divergences with respect to the student's projections, but for the constant factor of the
+    # slope.
     gradient: Tensor
+    # The student's, damped like the gradient, 0 at the label; where log-probabilities are wanted.
     probabilities: Tensor | None
 
     @classmethod

@@ -100,15 +100,9 @@ def _read(student: Logits, comparison: Comparison, cache: Tensor, *, stats: bool
     number = len(kept.gradient)
     reader = RowBlocks(student, comparison, stats=stats, probabilities=stats and number > 0)
     for rows in reader.of(0, number):
-        place = kept.gradient[rows]
-        in_place = place if place.dtype == reader.dtype else None
-        gradient, probabilities = reader.read(rows, in_place)
-        if in_place is None:
-            place.copy_(gradient)
-        if kept.probabilities is not None:
-            kept.probabilities[rows] = probabilities
+        reader.read(rows, kept.of_rows(rows))
     for rows in reader.of(number, student.shape()[0]):
-        reader.read(rows)
+        reader.read_numbers(rows)
     return reader.numbers
 
 
