@@ -1,17 +1,16 @@
-"""Two heads' projections of some rows and the whole vocabulary: divergences and their gradients.
+"""Divergences of two heads, and their gradients, from projections on the whole vocabulary.
 
 A program has a row. It is read three times: for both normalisers, for the divergence and the mean
-that its gradient needs, and to be overwritten by the gradient. `fastpref.ops.divergences` has the
-formulas of every kind in PyTorch, and why they are written this way.
+that its gradient needs, and to be overwritten by the gradient.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .divergence_kinds import DETACHED, KINDS, no_nan, times
 from .launch import compile_options, on
 from .numerics import (
     FAR,
@@ -19,7 +18,7 @@ from .numerics import (
     Transform,
     exp,
     log1p,
-    tanh,
+    log1p_bounded,
     transform_arguments,
     transform_logits,
 )
@@ -27,104 +26,6 @@ from .numerics import (
 BLOCK = 2048
 FEWEST_COLUMNS = 128  # of a block: at least one for each thread
 COLUMNS_PER_THREAD = 8
-
-
-@triton.jit
-def forward_kl(q, p, log_ratio, share, lowest, highest):
-    """`sum p log(p/q)`: the gradient is `q - p`."""
-    excess = _excess(q, p, _half_tanh(log_ratio))
-    return times(p, log_ratio) - excess, 0.0, -excess
-
-
-@triton.jit
-def reverse_kl(q, p, log_ratio, share, lowest, highest):
-    """`sum q log(q/p)`, `g = log(q/p)`."""
-    value = _excess(q, p, _half_tanh(log_ratio)) - times(q, log_ratio)
-    return value, -log_ratio, 0.0
-
-
-@triton.jit
-def jeffreys(q, p, log_ratio, share, lowest, highest):
-    """`sum (p - q) log(p/q)`, `g = -p/q + log(q/p)`."""
-    excess = _excess(q, p, _half_tanh(log_ratio))
-    return times(excess, log_ratio), -log_ratio, -excess
-
-
-@triton.jit
-def total_variation(q, p, log_ratio, share, lowest, highest):
-    """`1/2 sum abs(p - q)`, `g = 1/2 sign(q - p)`."""
-    value = 0.5 * tl.abs(_excess(q, p, _half_tanh(log_ratio)))
-    half_sign = tl.where(log_ratio > 0.0, 0.5, tl.where(log_ratio < 0.0, -0.5, 0.0))
-    return value, -half_sign, 0.0
-
-
-@triton.jit
-def jsd(q, p, log_ratio, share, lowest, highest):
-    """`b sum p log(p/m) + (1-b) sum q log(q/m)`, `g = (1-b) log(q/m)`."""
-    larger = _larger_over_mixture(_half_tanh(log_ratio), share)
-    log_p = tl.minimum(log_ratio, 0.0) + larger
-    log_q = larger - tl.maximum(log_ratio, 0.0)
-    value = share * times(p, log_p) + (1.0 - share) * times(q, log_q)
-    return value, (1.0 - share) * log_q, 0.0
-
-
-@triton.jit
-def skew_kl(q, p, log_ratio, share, lowest, highest):
-    """`sum p log(p/m)`, `m = a p + (1-a) q`, `g = -(1-a) p/m`."""
-    half_tanh = _half_tanh(log_ratio)
-    log_p = tl.minimum(log_ratio, 0.0) + _larger_over_mixture(half_tanh, share)
-    value = times(p, log_p) - (1.0 - share) * _excess(q, p, half_tanh)
-    return value, (share - 1.0) * exp(log_p), 0.0
-
-
-@triton.jit
-def skew_reverse_kl(q, p, log_ratio, share, lowest, highest):
-    """`sum q log(q/m)`, `m = (1-a) p + a q`, `g = log(q/m) - a q/m`."""
-    value, log_q, direct = skew_reverse_kl_detached(q, p, log_ratio, share, lowest, highest)
-    half_tanh = _half_tanh(log_ratio)
-    # (p - q) / m = (1 - q/m) / (1-a)
-    over_mixture = 2.0 * half_tanh / (1.0 + (2.0 * share - 1.0) * half_tanh)
-    return value, log_q + share * (1.0 - share) * over_mixture, direct
-
-
-@triton.jit
-def skew_reverse_kl_detached(q, p, log_ratio, share, lowest, highest):
-    """The same with `g = log(q/m)`."""
-    half_tanh = _half_tanh(log_ratio)
-    log_q = _larger_over_mixture(half_tanh, share) - tl.maximum(log_ratio, 0.0)
-    value = times(q, log_q) + share * _excess(q, p, half_tanh)
-    return value, log_q, 0.0
-
-
-@triton.jit
-def advantage(q, p, log_ratio, share, lowest, highest):
-    """`g = A`, clipped; the value is its mean."""
-    return 0.0, tl.minimum(tl.maximum(log_ratio, lowest), highest), 0.0
-
-
-class Kind(NamedTuple):
-    """A function of `q`, `p`, `log(p/q)` and three numbers, and what to make of what it returns.
-
-    It returns `value`, `g` and `direct`, of each token, from which follow the divergence
-    `sum value` and its gradient `q * (g - sum(q * g)) + direct`.
-    """
-
-    function: Any  # triton.JITFunction
-    centred: bool = True  # whether there is a `g`
-    is_mean: bool = False  # whether the divergence is `sum(q * g)`
-
-
-KINDS = {
-    "forward_kl": Kind(forward_kl, centred=False),
-    "reverse_kl": Kind(reverse_kl),
-    "jsd": Kind(jsd),
-    "skew_kl": Kind(skew_kl),
-    "skew_reverse_kl": Kind(skew_reverse_kl),
-    "total_variation": Kind(total_variation),
-    "jeffreys": Kind(jeffreys),
-    "advantage": Kind(advantage, is_mean=True),
-}
-DETACHED = Kind(skew_reverse_kl_detached)
 
 
 def compare_rows(
@@ -146,10 +47,10 @@ def compare_rows(
     """Compute divergences of rows of projections, and their gradients if they have a place.
 
     `gradient` is with respect to the student's projections, but for the constant factor of their
-    slope; `probabilities` are the student's, damped likewise and 0 at the label. They may be
-    `student` and `teacher`, or views of these in 16 bits with the same rows.
+    slope; `probabilities`, which have a place only beside it, are the student's, damped likewise
+    and 0 at the label. They may be `student` and `teacher`, or the same memory as 16-bit numbers.
 
-    Without `teacher_transform`, `teacher` is what `log_ratio_rows` left, as `divergence` is.
+    Without `teacher_transform`, `teacher` and `divergence` are what `log_ratio_rows` left.
 
     `statistics` are, with `z` the student's logits: the largest logit; the sum of
     `e = exp(z - largest)` over all tokens but the largest; that of `e * (largest - z)`; the label's
@@ -160,7 +61,6 @@ def compare_rows(
         return
     function, centred, is_mean = DETACHED if detach_mixture else KINDS[kind]
     maximum, others, shortfall, target_logit = statistics or [None] * 4
-    block = _block(width)
     with on(student.device):
         _compare_rows_kernel[(n_rows,)](
             student,
@@ -182,14 +82,12 @@ def compare_rows(
             -float("inf") if lowest is None else float(lowest),
             float("inf") if highest is None else float(highest),
             **transform_arguments(transform),
-            **_of_other(teacher_transform or transform),
+            **_of_other(teacher_transform),
             KIND=function,
             CENTRED=centred,
             IS_MEAN=is_mean,
             IS_LOG_RATIO=teacher_transform is None,
-            EVEN=width % block == 0,
-            BLOCK=block,
-            num_warps=_warps(block),
+            **_blocks(width),
             **compile_options(),
         )
 
@@ -208,7 +106,6 @@ def log_ratio_rows(
     n_rows, width = teacher.shape
     if n_rows == 0:
         return
-    block = _block(width)
     with on(teacher.device):
         _log_ratio_rows_kernel[(n_rows,)](
             teacher,
@@ -219,26 +116,24 @@ def log_ratio_rows(
             reference.stride(0),
             **transform_arguments(transform),
             **_of_other(reference_transform),
-            EVEN=width % block == 0,
-            BLOCK=block,
-            num_warps=_warps(block),
+            **_blocks(width),
             **compile_options(),
         )
 
 
-def _block(width: int) -> int:
-    block: int = triton.next_power_of_2(width)
-    return min(max(block, FEWEST_COLUMNS), BLOCK)
+def _blocks(width: int) -> dict[str, int | bool]:
+    """How a row is cut into blocks, and the warps for one."""
+    block = min(max(triton.next_power_of_2(width), FEWEST_COLUMNS), BLOCK)
+    warps = max(1, block // (32 * COLUMNS_PER_THREAD))
+    return {"EVEN": width % block == 0, "BLOCK": block, "num_warps": warps}
 
 
-def _warps(block: int) -> int:
-    return max(1, block // (32 * COLUMNS_PER_THREAD))
-
-
-def _of_other(transform: Transform) -> dict[str, float | bool]:
-    """The arguments of a second head."""
-    arguments = transform_arguments(transform).items()
-    return {f"other_{name}" if name.islower() else f"OTHER_{name}": one for name, one in arguments}
+def _of_other(transform: Transform | None) -> dict[str, float | bool]:
+    """`transform_arguments` of a second head; None leaves its numbers as they are."""
+    given = {"inner": 1.0, "outer": 1.0, "HAS_SOFTCAP": False, "HAS_FACTOR": False}
+    if transform is not None:
+        given = transform_arguments(transform)
+    return {f"other_{name}" if name.islower() else f"OTHER_{name}": given[name] for name in given}
 
 
 @triton.jit
@@ -264,8 +159,10 @@ def _compare_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
-    gradient_ptr = _row(gradient_ptr, row, gradient_stride)
-    probabilities_ptr = _row(probabilities_ptr, row, probabilities_stride)
+    if gradient_ptr is not None:
+        gradient_ptr += row * gradient_stride
+    if probabilities_ptr is not None:
+        probabilities_ptr += row * probabilities_stride
     # A launch under torch.compile may hand Python floats over as float64.
     share = tl.cast(share, tl.float32)
     lowest = tl.cast(lowest, tl.float32)
@@ -281,55 +178,33 @@ def _compare_rows_kernel(
                 target_logit, _ = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
             tl.store(target_logit_ptr + row, target_logit)
 
-    # Of each place in a block: no sum over threads until all columns have been seen.
-    largest = tl.full((BLOCK,), LOWEST, tl.float32)
-    others = tl.zeros((BLOCK,), tl.float32)
-    teacher_largest = tl.full((BLOCK,), LOWEST, tl.float32)
-    teacher_others = tl.zeros((BLOCK,), tl.float32)
-    teacher_at_top = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        s, _ = _logits(student_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK)
-        t = _teacher(
-            teacher_ptr, start, width, other_inner, other_outer,
-            OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, IS_LOG_RATIO, EVEN, BLOCK,
-        )  # fmt: skip
-        teacher_at_top = tl.where(s > largest, t, teacher_at_top)
-        largest, others = _fold(s, largest, others)
-        if not IS_LOG_RATIO:
-            teacher_largest, teacher_others = _fold(t, teacher_largest, teacher_others)
-    maximum = tl.max(largest, axis=0)
-    teacher_at_top = tl.max(tl.where(largest == maximum, teacher_at_top, -float("inf")), axis=0)
-    maximum, others = _join(largest, others)
-    unit = 1.0 / (1.0 + others)
-    teacher_maximum = 0.0
-    teacher_unit = 0.0
-    normaliser = 0.0
-    if IS_LOG_RATIO:
-        invalid = tl.load(divergence_ptr + row) + others * 0.0
-    else:
-        teacher_maximum, teacher_others = _join(teacher_largest, teacher_others)
-        teacher_unit = 1.0 / (1.0 + teacher_others)
-        normaliser = log1p(others) - log1p(teacher_others)
-        invalid = (others + teacher_others) * 0.0
-    # Relative to the top's, which is nearly all of the mean where the student is certain.
-    q, p, log_ratio = _pair(
-        maximum, teacher_at_top, maximum, teacher_maximum, unit, teacher_unit, normaliser,
-        IS_LOG_RATIO,
+    maximum, others, teacher_maximum, teacher_others, teacher_at_top = _normalise(
+        student_ptr, teacher_ptr, width, inner, outer, other_inner, other_outer,
+        HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, IS_LOG_RATIO, EVEN, BLOCK,
     )  # fmt: skip
-    _, of_top, _ = KIND(q, p, log_ratio, share, lowest, highest)
+    unit = 1.0 / (1.0 + others)
+    teacher_unit = 1.0 / (1.0 + teacher_others)
+    normaliser = _log_of_ratio(others, teacher_others)
+    invalid = (others + teacher_others) * 0.0
+    if IS_LOG_RATIO:
+        invalid += tl.load(divergence_ptr + row)
+    of_top = 0.0
     if CENTRED:
+        # The top's `g` is nearly all of the mean where the student is certain.
+        q, p, log_ratio = _pair(
+            maximum, teacher_at_top, maximum, teacher_maximum, unit, teacher_unit, normaliser,
+            IS_LOG_RATIO,
+        )  # fmt: skip
+        _, of_top, _ = KIND(q, p, log_ratio, share, lowest, highest)
         of_top = tl.where(tl.abs(of_top) == float("inf"), 0.0, of_top)
 
     values = tl.zeros((BLOCK,), tl.float32)
     terms = tl.zeros((BLOCK,), tl.float32)
     shortfall = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
-        s, damping = _logits(
-            student_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK
-        )
-        t = _teacher(
-            teacher_ptr, start, width, other_inner, other_outer,
-            OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, IS_LOG_RATIO, EVEN, BLOCK,
+        s, damping, t = _logits_of_both(
+            student_ptr, teacher_ptr, start, width, inner, outer, other_inner, other_outer,
+            HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
         )  # fmt: skip
         q, p, log_ratio = _pair(
             s, t, maximum, teacher_maximum, unit, teacher_unit, normaliser, IS_LOG_RATIO
@@ -346,9 +221,8 @@ def _compare_rows_kernel(
                 EVEN, BLOCK,
             )  # fmt: skip
     mean = tl.sum(terms, axis=0)
-    if IS_MEAN:
-        divergence = mean + of_top
-    else:
+    divergence = mean + of_top
+    if not IS_MEAN:
         divergence = tl.maximum(tl.sum(values, axis=0), 0.0)
     # Terms that are not a number are left out: rows that have no distribution say so here.
     tl.store(divergence_ptr + row, divergence + invalid)
@@ -359,12 +233,9 @@ def _compare_rows_kernel(
 
     if CENTRED and gradient_ptr is not None:
         for start in range(0, width, BLOCK):
-            s, damping = _logits(
-                student_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK
-            )
-            t = _teacher(
-                teacher_ptr, start, width, other_inner, other_outer,
-                OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, IS_LOG_RATIO, EVEN, BLOCK,
+            s, damping, t = _logits_of_both(
+                student_ptr, teacher_ptr, start, width, inner, outer, other_inner, other_outer,
+                HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
             )  # fmt: skip
             q, p, log_ratio = _pair(
                 s, t, maximum, teacher_maximum, unit, teacher_unit, normaliser, IS_LOG_RATIO
@@ -391,70 +262,62 @@ def _log_ratio_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     teacher_ptr += row * teacher_stride
     reference_ptr += row * reference_stride
-    largest = tl.full((BLOCK,), LOWEST, tl.float32)
-    others = tl.zeros((BLOCK,), tl.float32)
-    reference_largest = tl.full((BLOCK,), LOWEST, tl.float32)
-    reference_others = tl.zeros((BLOCK,), tl.float32)
+    maximum, others, reference_maximum, reference_others, _ = _normalise(
+        teacher_ptr, reference_ptr, width, inner, outer, other_inner, other_outer,
+        HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, False, EVEN, BLOCK,
+    )  # fmt: skip
+    normaliser = _log_of_ratio(reference_others, others)
     for start in range(0, width, BLOCK):
-        t, _ = _logits(teacher_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK)
-        r, _ = _logits(
-            reference_ptr, start, width, other_inner, other_outer,
-            OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
+        t, _, r = _logits_of_both(
+            teacher_ptr, reference_ptr, start, width, inner, outer, other_inner, other_outer,
+            HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
         )  # fmt: skip
-        largest, others = _fold(t, largest, others)
-        reference_largest, reference_others = _fold(r, reference_largest, reference_others)
-    maximum, others = _join(largest, others)
-    reference_maximum, reference_others = _join(reference_largest, reference_others)
-    normaliser = log1p(reference_others) - log1p(others)
-    for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        t, _ = _logits(teacher_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK)
-        r, _ = _logits(
-            reference_ptr, start, width, other_inner, other_outer,
-            OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
-        )  # fmt: skip
-        log_ratio = (t - maximum) - (r - reference_maximum) + normaliser
-        tl.store(teacher_ptr + column, _no_nan(log_ratio), mask=column < width)
+        log_ratio = no_nan((t - maximum) - (r - reference_maximum) + normaliser)
+        tl.store(teacher_ptr + column, log_ratio, mask=column < width)
     tl.store(divergence_ptr + row, (others + reference_others) * 0.0)
 
 
 @triton.jit
-def times(weights, logs):
-    """`weights * logs`, 0 where the weight is 0 and the logarithm infinite."""
-    return _no_nan(weights * logs)
+def _normalise(
+    row_ptr, other_ptr, width, inner, outer, other_inner, other_outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    OTHER_HAS_SOFTCAP: tl.constexpr, OTHER_HAS_FACTOR: tl.constexpr,
+    IS_LOG_RATIO: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of two rows of logits each largest, and the sum of the others' exponentials less it.
 
-
-@triton.jit
-def _no_nan(x):
-    """`x` with 0 for NaN."""
-    return tl.where(x == x, x, 0.0)
-
-
-@triton.jit
-def _half_tanh(log_ratio):
-    """`tanh(log(p/q) / 2) = (p - q) / (p + q)`, with all its digits where p is close to q."""
-    half, _ = tanh(0.5 * log_ratio)
-    return half
-
-
-@triton.jit
-def _excess(q, p, half_tanh):
-    """`p - q`."""
-    return (p + q) * half_tanh
-
-
-@triton.jit
-def _larger_over_mixture(half_tanh, share):
-    """`log(max(p, q) / m)`, `m = share * p + (1 - share) * q`."""
-    tilted = (2.0 * share - 1.0) * half_tanh
-    # Where all of the mixture is of the smaller, less a rounding.
-    above = tl.maximum(tl.abs(half_tanh) - tilted, 0.0)
-    return log1p(above / (1.0 + tilted))
+    Also the second row's number at the top of the first. With IS_LOG_RATIO that is all there is of
+    the second. A sum is NaN where a row has an infinite logit, or none above -inf.
+    """
+    # Of each place in a block: no sum over threads until all columns have been seen.
+    largest = tl.full((BLOCK,), LOWEST, tl.float32)
+    others = tl.zeros((BLOCK,), tl.float32)
+    other_largest = tl.full((BLOCK,), LOWEST, tl.float32)
+    other_others = tl.zeros((BLOCK,), tl.float32)
+    other_at_top = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        z, _, other = _logits_of_both(
+            row_ptr, other_ptr, start, width, inner, outer, other_inner, other_outer,
+            HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
+        )  # fmt: skip
+        other_at_top = tl.where(z > largest, other, other_at_top)
+        largest, others = _fold(z, largest, others)
+        if not IS_LOG_RATIO:
+            other_largest, other_others = _fold(other, other_largest, other_others)
+    is_top = largest == tl.max(largest, axis=0)
+    at_top = tl.max(tl.where(is_top, other_at_top, -float("inf")), axis=0)
+    maximum, others = _join(largest, others)
+    other_maximum = tl.full((), 0.0, tl.float32)
+    other_sum = tl.full((), 0.0, tl.float32)
+    if not IS_LOG_RATIO:
+        other_maximum, other_sum = _join(other_largest, other_others)
+    return maximum, others, other_maximum, other_sum, at_top
 
 
 @triton.jit
 def _fold(z, largest, others):
-    """Take one logit more at every place of a block.
+    """Take in one logit at every place of a block.
 
     There `others` is the sum of `exp(z - largest)` over all logits but one that is the largest.
     """
@@ -466,17 +329,22 @@ def _fold(z, largest, others):
 
 @triton.jit
 def _join(largest, others):
-    """The same of a whole row from those of every place.
-
-    `others` is NaN where a row has an infinite logit, or none above -inf.
-    """
+    """The same of a whole row."""
     maximum = tl.max(largest, axis=0)
     is_top = largest == maximum
     weight = exp(largest - maximum)
-    tops = tl.sum(is_top.to(tl.float32), axis=0)
-    others = tl.sum(others * weight + tl.where(is_top, 0.0, weight), axis=0) + (tops - 1.0)
+    more_tops = tl.sum(is_top.to(tl.float32), axis=0) - 1.0
+    others = tl.sum(others * weight + tl.where(is_top, 0.0, weight), axis=0) + more_tops
     maximum = tl.where(maximum == LOWEST, -float("inf"), maximum)
     return maximum, others + maximum * 0.0
+
+
+@triton.jit
+def _log_of_ratio(others, other_others):
+    """`log((1 + others) / (1 + other_others))`, with all its digits where the two are close."""
+    change = (others - other_others) / (1.0 + other_others)
+    near = log1p_bounded(tl.minimum(tl.maximum(change, -0.5), 1.0))
+    return tl.where((change > 1.0) | (change < -0.5), log1p(others) - log1p(other_others), near)
 
 
 @triton.jit
@@ -487,21 +355,29 @@ def _pair(
     below = s - maximum
     q = exp(below) * unit
     if IS_LOG_RATIO:
-        p = q
+        p = q  # which nobody reads
         log_ratio = t
     else:
         teacher_below = t - teacher_maximum
         p = exp(teacher_below) * teacher_unit
-        log_ratio = _no_nan(teacher_below - below + normaliser)
+        log_ratio = no_nan(teacher_below - below + normaliser)
     return q, p, log_ratio
 
 
 @triton.jit
-def _row(ptr, row, stride):
-    """Where a row starts."""
-    if ptr is not None:
-        ptr += row * stride
-    return ptr
+def _logits_of_both(
+    row_ptr, other_ptr, start, width, inner, outer, other_inner, other_outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    OTHER_HAS_SOFTCAP: tl.constexpr, OTHER_HAS_FACTOR: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits (BLOCK,) of two rows from `start` on, -inf past their end; the first's damping."""
+    z, damping = _logits(row_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK)
+    other, _ = _logits(
+        other_ptr, start, width, other_inner, other_outer,
+        OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
+    )  # fmt: skip
+    return z, damping, other
 
 
 @triton.jit
@@ -509,35 +385,15 @@ def _logits(
     row_ptr, start, width, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits (BLOCK,) of a row from `start` on, -inf past its end, and their damping."""
-    x = _load(row_ptr, start, width, EVEN, BLOCK)
-    z, damping = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
-    if not EVEN:
-        z = tl.where(start + tl.arange(0, BLOCK) < width, z, -float("inf"))
-    return z, damping
-
-
-@triton.jit
-def _teacher(
-    row_ptr, start, width, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    IS_LOG_RATIO: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The teacher's logits (BLOCK,), or the logarithms of ratios, which are 0 past the end."""
-    if IS_LOG_RATIO:
-        t = _load(row_ptr, start, width, EVEN, BLOCK)
-    else:
-        t, _ = _logits(row_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK)
-    return t
-
-
-@triton.jit
-def _load(row_ptr, start, width, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     column = start + tl.arange(0, BLOCK)
     if EVEN:
         x = tl.load(row_ptr + column)
     else:
         x = tl.load(row_ptr + column, mask=column < width, other=0.0)
-    return x
+    z, damping = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
+    if not EVEN:
+        z = tl.where(column < width, z, -float("inf"))
+    return z, damping
 
 
 @triton.jit
@@ -545,14 +401,11 @@ def _store(
     gradient_ptr, probabilities_ptr, start, width, label, gradient, q, damping,
     EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write one block of the gradient, and of the probabilities if they have a place.
-
-    Every thread has read its part of the block, which the same memory may hold in more bytes.
-    """
+    """Write one block of the gradient, and of the probabilities if they have a place."""
     column = start + tl.arange(0, BLOCK)
-    mask = None if EVEN else column < width
+    # What is written may lie where another thread reads the block's projections, if in fewer bytes.
     tl.debug_barrier()
-    tl.store(gradient_ptr + column, gradient * damping, mask=mask)
+    tl.store(gradient_ptr + column, gradient * damping, mask=column < width)
     if probabilities_ptr is not None:
         probabilities = tl.where(column == label, 0.0, q * damping)
-        tl.store(probabilities_ptr + column, probabilities, mask=mask)
+        tl.store(probabilities_ptr + column, probabilities, mask=column < width)
