@@ -59,28 +59,20 @@ def compare_rows(
     n_rows, width = student.shape
     if n_rows == 0:
         return
+    bounds = (
+        -float("inf") if lowest is None else float(lowest),
+        float("inf") if highest is None else float(highest),
+    )
     function, centred, is_mean = DETACHED if detach_mixture else KINDS[kind]
     maximum, others, shortfall, target_logit = statistics or [None] * 4
     with on(student.device):
         _compare_rows_kernel[(n_rows,)](
-            student,
-            teacher,
-            None if labels is None else labels.contiguous(),
-            divergence,
-            maximum,
-            others,
-            shortfall,
-            target_logit,
-            gradient,
-            probabilities,
-            width,
-            student.stride(0),
-            teacher.stride(0),
+            student, teacher, None if labels is None else labels.contiguous(), divergence,
+            maximum, others, shortfall, target_logit, gradient, probabilities,
+            width, student.stride(0), teacher.stride(0),
             0 if gradient is None else gradient.stride(0),
             0 if probabilities is None else probabilities.stride(0),
-            float(teacher_share),
-            -float("inf") if lowest is None else float(lowest),
-            float("inf") if highest is None else float(highest),
+            float(teacher_share), *bounds,
             **transform_arguments(transform),
             **_of_other(teacher_transform),
             KIND=function,
@@ -88,8 +80,8 @@ def compare_rows(
             IS_MEAN=is_mean,
             IS_LOG_RATIO=teacher_transform is None,
             **_blocks(width),
-            **compile_options(),
-        )
+            **compile_options(many_registers=transform.softcap is not None),
+        )  # fmt: skip
 
 
 def log_ratio_rows(
@@ -108,17 +100,12 @@ def log_ratio_rows(
         return
     with on(teacher.device):
         _log_ratio_rows_kernel[(n_rows,)](
-            teacher,
-            reference,
-            divergence,
-            width,
-            teacher.stride(0),
-            reference.stride(0),
+            teacher, reference, divergence, width, teacher.stride(0), reference.stride(0),
             **transform_arguments(transform),
             **_of_other(reference_transform),
             **_blocks(width),
             **compile_options(),
-        )
+        )  # fmt: skip
 
 
 def _blocks(width: int) -> dict[str, int | bool]:
@@ -191,11 +178,11 @@ def _compare_rows_kernel(
     of_top = 0.0
     if CENTRED:
         # The top's `g` is nearly all of the mean where the student is certain.
-        q, p, log_ratio = _pair(
+        top_q, top_p, top_log_ratio = _pair(
             maximum, teacher_at_top, maximum, teacher_maximum, unit, teacher_unit, normaliser,
             IS_LOG_RATIO,
         )  # fmt: skip
-        _, of_top, _ = KIND(q, p, log_ratio, share, lowest, highest)
+        _, of_top, _ = KIND(top_q, top_p, top_log_ratio, share, lowest, highest)
         of_top = tl.where(tl.abs(of_top) == float("inf"), 0.0, of_top)
 
     values = tl.zeros((BLOCK,), tl.float32)
@@ -240,7 +227,7 @@ def _compare_rows_kernel(
             q, p, log_ratio = _pair(
                 s, t, maximum, teacher_maximum, unit, teacher_unit, normaliser, IS_LOG_RATIO
             )
-            _, g, direct = KIND(q, p, log_ratio, share, lowest, highest)
+            value, g, direct = KIND(q, p, log_ratio, share, lowest, highest)
             gradient = times(q, g - of_top) - q * mean + direct
             _store(
                 gradient_ptr, probabilities_ptr, start, width, label, gradient, q, damping,
