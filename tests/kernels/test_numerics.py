@@ -43,3 +43,17 @@ def test_tanh_of_what_is_not_finite() -> None:
     assert damping[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
     assert found[2].isnan()
     assert (found[3].item(), damping[3].item()) == (0.0, 1.0)
+
+
+@triton.jit
+def _log1p_kernel(u_ptr, log_ptr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(log_ptr + index, numerics.log1p(tl.load(u_ptr + index)))
+
+
+def test_log1p_of_small_and_large_numbers() -> None:
+    u = torch.cat([torch.logspace(-30, 6, 2**13), torch.linspace(0, 3, 2**13)]).to(DEVICE)
+    found = torch.empty_like(u)
+    _log1p_kernel[(1,)](u, found, BLOCK=len(u))
+    exact = u.double().log1p()
+    assert ((found - exact).abs() <= 4 * 2**-23 * exact).all()
