@@ -249,13 +249,13 @@ def _log_ratio_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     teacher_ptr += row * teacher_stride
     reference_ptr += row * reference_stride
-    maximum, others, reference_maximum, reference_others, _ = _normalise(
+    maximum, others, reference_maximum, reference_others, at_top = _normalise(
         teacher_ptr, reference_ptr, width, inner, outer, other_inner, other_outer,
         HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, False, EVEN, BLOCK,
     )  # fmt: skip
     normaliser = _log_of_ratio(reference_others, others)
     for start in range(0, width, BLOCK):
-        t, _, r = _logits_of_both(
+        t, damping, r = _logits_of_both(
             teacher_ptr, reference_ptr, start, width, inner, outer, other_inner, other_outer,
             HAS_SOFTCAP, HAS_FACTOR, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
         )  # fmt: skip

@@ -154,8 +154,7 @@ def nearby(x: Tensor, seed: int, transform: Transform) -> Tensor:
     """
     x = x.double()
     relative = x - x.amax(1, keepdim=True) if transform == PLAIN else x
-    error = 2**-23 * relative * randn(seed, *x.shape).double()
-    return x + torch.where(x.isfinite(), error, 0)
+    return x + 2**-23 * relative * randn(seed, *x.shape).double()
 
 
 def assert_close(ours: Rows, *rough: Rows, exact: Rows) -> None:
@@ -208,21 +207,24 @@ def test_equals_the_formula(
     student += 0.0 if transform.softcap else offset
     teacher -= 0.0 if teacher_transform.softcap else offset
     labels = randint(2, width, n)
-    transforms = transform, teacher_transform
-    exact_inputs = student.double(), teacher.double()
+    both = transform, teacher_transform
+    if masked and not (transform.softcap or teacher_transform.softcap):
+        hidden = torch.arange(width, device=DEVICE) % 3 == 1
+        student, teacher = (one.masked_fill(hidden, -INF) for one in (student, teacher))
+        labels -= labels % 3
+    with pytest.MonkeyPatch.context() as patch:
+        small_blocks(patch, block)
+        ours = found(student, teacher, labels, name, *both)
+    # Of infinite logits the formula has no derivative.
+    student, teacher = (one.nan_to_num(neginf=-1e5) for one in (student, teacher))
     near = [
         (nearby(student, seed, transform), nearby(teacher, seed + 1, teacher_transform))
         for seed in (3, 5, 7)
     ]
-    if masked and not (transform.softcap or teacher_transform.softcap):
-        hidden = torch.arange(width, device=DEVICE) % 3 == 1
-        for one in (student, teacher, *exact_inputs, *(x for pair in near for x in pair)):
-            one.masked_fill_(hidden, -INF)
-        labels -= labels % 3
-    with pytest.MonkeyPatch.context() as patch:
-        small_blocks(patch, block)
-        ours = found(student, teacher, labels, name, *transforms)
-    exact, *rough = (by_formula(*one, labels, name, *transforms) for one in (exact_inputs, *near))
+    exact, *rough = (
+        by_formula(*one, labels, name, *both)
+        for one in ((student.double(), teacher.double()), (student, teacher), *near)
+    )
     if name == "total_variation" and step < 1:  # no rounding may decide which of two is larger
         ours, *rough = (one._replace(gradient=exact.gradient) for one in (ours, *rough))
     assert_close(ours, *rough, exact=exact)
@@ -260,7 +262,7 @@ def test_advantages_of_a_teacher_over_a_reference(
 
     inputs, each = (student, teacher, reference), (transform, *of_both)
     exact = expected(*(one.double() for one in inputs))
-    rough = [
+    rough = [expected(*inputs)] + [
         expected(*(nearby(x, seed + k, each[k]) for k, x in enumerate(inputs)))
         for seed in (4, 7, 10)
     ]
@@ -286,7 +288,7 @@ def test_a_teacher_that_is_all_but_the_student(step: float, name: str) -> None:
     ours = found(student, teacher, randint(2, 300, 3), name)
     exact = by_torch(student.double(), teacher.double(), name)
     for one, right in zip(ours, exact, strict=False):
-        assert (one - right).norm() <= 4e-7 / step * right.norm()
+        assert (one - right).norm() <= 1e-6 / step * right.norm()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -326,7 +328,7 @@ def test_written_over_what_is_read(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
 ) -> None:
     small_blocks(monkeypatch, (128, 4))
-    student, teacher, labels = randn(0, 3, 1030), randn(1, 3, 1030), randint(2, 1030, 3)
+    student, teacher, labels = randn(0, 2, 300), randn(1, 2, 300), randint(2, 300, 2)
     transform = Transform(softcap=2.0)
     apart, in_place = (
         found(student, teacher, labels, name, transform, dtype=dtype, in_place=one)
