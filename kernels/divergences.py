@@ -64,11 +64,11 @@ def compare_rows(
         float("inf") if highest is None else float(highest),
     )
     function, centred, is_mean = DETACHED if detach_mixture else KINDS[kind]
-    maximum, others, shortfall, target_logit = statistics or [None] * 4
+    numbers: Sequence[Tensor | None] = statistics or [None] * 4
     with on(student.device):
         _compare_rows_kernel[(n_rows,)](
             student, teacher, None if labels is None else labels.contiguous(), divergence,
-            maximum, others, shortfall, target_logit, gradient, probabilities,
+            *numbers, gradient, probabilities,
             width, student.stride(0), teacher.stride(0),
             0 if gradient is None else gradient.stride(0),
             0 if probabilities is None else probabilities.stride(0),

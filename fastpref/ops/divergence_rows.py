@@ -178,9 +178,10 @@ class RowBlocks:
         return tile.view(operand_dtype(self.student.hidden))[:, : self.vocab_size]
 
     def _project(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
-        """Write the projections of one block, or for the teacher's with a reference, `log_ratio_`.
+        """Write both models' projections of one block.
 
-        The student's are not there yet while the reference's are.
+        With a reference the teacher's become log-probabilities less the reference's, whose
+        projections are where the student's will be.
         """
         project(self.teacher, rows, teacher)
         if self.reference is not None:

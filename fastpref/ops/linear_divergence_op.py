@@ -119,7 +119,7 @@ def _read_with_jacobians(
     for rows in reader.of(0, count):
         gradient, probabilities = reader.read(rows)
         product(gradient, student, jacobian[rows])
-        if stats:
+        if probabilities is not None:
             product(probabilities, student, logps_jacobian[rows])
     jacobian.mul_(factor)
     logps_jacobian.mul_(-factor)
