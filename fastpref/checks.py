@@ -176,23 +176,26 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
     check_device("labels", labels, "hidden", hidden)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse hidden states (..., H) and a head (V, H), (V,) that do not fit together."""
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
+    """Refuse hidden states (..., H) and a head (V, H), (V,) that do not fit together.
+
+    The arguments are called by their names after ``prefix``.
+    """
     if hidden.dim() < 1:
-        refuse("hidden", "shape (..., H)", tuple(hidden.shape))
+        refuse(f"{prefix}hidden", "shape (..., H)", tuple(hidden.shape))
     if weight.dim() != 2 or 0 in weight.shape:
-        refuse("weight", "shape (V, H), neither of them zero", tuple(weight.shape))
+        refuse(f"{prefix}weight", "shape (V, H), neither of them zero", tuple(weight.shape))
     if weight.shape[1] != hidden.shape[-1]:
         refuse(
-            "weight",
-            f"shape (V, {hidden.shape[-1]}), the last dimension of hidden",
+            f"{prefix}weight",
+            f"shape (V, {hidden.shape[-1]}), the last dimension of {prefix}hidden",
             tuple(weight.shape),
         )
-    same_as_hidden = [("weight", weight)]
+    same_as_hidden = [(f"{prefix}weight", weight)]
     if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],), "(V,)")
-        same_as_hidden.append(("bias", bias))
+        check_shape(f"{prefix}bias", bias, (weight.shape[0],), "(V,)")
+        same_as_hidden.append((f"{prefix}bias", bias))
     for name, tensor in same_as_hidden:
-        check_device(name, tensor, "hidden", hidden)
+        check_device(name, tensor, f"{prefix}hidden", hidden)
         if tensor.dtype != hidden.dtype:
-            refuse(name, f"dtype {hidden.dtype}, like hidden", tensor.dtype)
+            refuse(name, f"dtype {hidden.dtype}, like {prefix}hidden", tensor.dtype)

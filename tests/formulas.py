@@ -274,3 +274,69 @@ def ipo(
     pairs = len(logps) // 2
     losses = [(ratios[p] - ratios[pairs + p] - 1 / (2 * beta)) ** 2 for p in range(pairs)]
     return torch.stack(losses).mean()
+
+
+def divergence(
+    log_q: Tensor,
+    log_p: Tensor,
+    *,
+    kind: str,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    detach_mixture: bool = False,
+) -> Tensor:
+    """Divergence (...) of two distributions, given as log-probabilities (..., V)."""
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        a = log_a.exp()
+        return torch.where(a > 0, a * (log_a - log_b), 0).sum(-1)
+
+    def mixture(share: float, first: Tensor, second: Tensor) -> Tensor:
+        return (share * first.exp() + (1 - share) * second.exp()).log()
+
+    if kind == "jsd":
+        log_m = mixture(beta, log_p, log_q)
+        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    if kind == "skew_kl":
+        return kl(log_p, mixture(alpha, log_p, log_q))
+    if kind == "skew_reverse_kl":
+        log_m = mixture(alpha, log_q.detach() if detach_mixture else log_q, log_p)
+        return kl(log_q, log_m)
+    if kind == "total_variation":
+        return (log_q.exp() - log_p.exp()).abs().sum(-1) / 2
+    return {
+        "forward_kl": lambda: kl(log_p, log_q),
+        "reverse_kl": lambda: kl(log_q, log_p),
+        "jeffreys": lambda: kl(log_p, log_q) + kl(log_q, log_p),
+    }[kind]()
+
+
+def linear_divergence(
+    student: tuple[Tensor, Head | Tensor],
+    teacher: tuple[Tensor, Head | Tensor],
+    labels: Tensor,
+    *,
+    kind: str,
+    reference: tuple[Tensor, Head | Tensor] | None = None,
+    clip: tuple[float | None, float | None] = (None, None),
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    ignore_index: int = -100,
+    **options: float,
+) -> Tensor:
+    """Divergences (...) of a student from a teacher, each its hidden states and its head."""
+
+    def log_probabilities(model: tuple[Tensor, Head | Tensor], divisor: float) -> Tensor:
+        return logits(*model, temperature=divisor).log_softmax(-1)
+
+    log_q = log_probabilities(student, temperature)
+    of_teacher = temperature if teacher_temperature is None else teacher_temperature
+    log_p = log_probabilities(teacher, of_teacher).detach()
+    if reference is None:
+        found = divergence(log_q, log_p, kind=kind, **options)
+    else:
+        gain = log_p - log_probabilities(reference, of_teacher).detach()
+        if clip != (None, None):
+            gain = gain.clamp(*clip)
+        found = (log_q.exp() * gain).sum(-1)
+    return torch.where(labels != ignore_index, found, 0)

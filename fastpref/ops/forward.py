@@ -72,7 +72,7 @@ def read_by_kernel(operands: Operands, rows: Tensor | None, *, stats: bool) -> R
     if stats:
         sums = Sums(second=False, shortfall=True, squares=False)
         partial, at_label = partial_of_rows(operands, rows, sums)
-        return _of_partial(partial, at_label, operands.chosen_labels(rows))
+        return reading_of_partial(partial, at_label, operands.chosen_labels(rows))
     from fastpref.kernels.logsumexp import projection_logsumexp
 
     reference, sum_exp, target_logit = projection_logsumexp(*operands.for_kernel(rows))
@@ -187,7 +187,7 @@ def _finish(running: Tensor, logits: Logits, *, stats: bool) -> Reading:
     return running[:3], torch.stack((whole.entropy(), whole.maximum, target_logit), dim=1)
 
 
-def _of_partial(whole: Partial, target_logit: Tensor, labels: Tensor | None) -> Reading:
+def reading_of_partial(whole: Partial, target_logit: Tensor, labels: Tensor | None) -> Reading:
     """From the numbers of all logits: the label's, one of them, is taken out of the sum again."""
     none = -torch.inf
     reference = whole.maximum.clamp_min(torch.finfo(whole.maximum.dtype).min)

@@ -66,16 +66,19 @@ def prepare_head(
     temperature: float,
     ignore_index: int,
     compact: bool,
+    *,
+    prefix: str = "",
 ) -> PreparedHead:
     """Check what every function with a head takes; cast the operands as autocast wants them.
 
     A head that is spread over processes is gathered, unless it is sharded over the vocabulary.
+    What is refused is called by its name after ``prefix``, where a function has several heads.
     """
-    weight, bias, logit_scale, softcap, group = as_head(head)
+    weight, bias, logit_scale, softcap, group = as_head(head, prefix=prefix)
     transform = LogitTransform(
-        check_number("temperature", temperature, above=0),
-        check_number("logit_scale", logit_scale),
-        None if softcap is None else check_number("softcap", softcap, above=0),
+        check_number(f"{prefix}temperature", temperature, above=0),
+        check_number(f"{prefix}logit_scale", logit_scale),
+        None if softcap is None else check_number(f"{prefix}softcap", softcap, above=0),
     )
     check_ignore_index(ignore_index)
     check_flag("compact", compact)
@@ -88,22 +91,22 @@ def prepare_head(
         from fastpref.parallel.placements import local_head
 
         hidden, weight, bias, shard = local_head(hidden, weight, bias)
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
+    check_floating(f"{prefix}hidden", hidden)
+    check_floating(f"{prefix}weight", weight)
     if bias is not None:
-        check_floating("bias", bias)
+        check_floating(f"{prefix}bias", bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, prefix=prefix)
     _refuse_tangents(hidden, weight, bias)
     return PreparedHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, shard)
 
 
-def as_head(head: Head | Tensor) -> Head:
+def as_head(head: Head | Tensor, *, prefix: str = "") -> Head:
     """A `Head` of a bare weight; a `Head` as it is."""
     if isinstance(head, Tensor):
         return Head(head)
     if not isinstance(head, Head):
-        refuse("head", "a Head or a tensor (V, H), its weight", type(head).__name__)
+        refuse(f"{prefix}head", "a Head or a tensor (V, H), its weight", type(head).__name__)
     return head
 
 

@@ -126,8 +126,8 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     operands, ignored = operands.without_ignored()
     state = Running.of(running[:, : operands.count(rows)])
     shares, slope = state.shares(), operands.transform().slope(state.target_logit)
-    from_lse = _incoming(from_lse, rows, slope)
-    from_logps = _incoming(None if operands.labels is None else from_logps, rows, slope)
+    from_lse = incoming(from_lse, rows, slope)
+    from_logps = incoming(None if operands.labels is None else from_logps, rows, slope)
     coefficients = (from_lse - from_logps) * shares.unit * operands.transform().factor
     of_labels = (from_lse * shares.label + from_logps * shares.others) * slope
     if ignored is not None:
@@ -188,11 +188,11 @@ def gradient_by_jacobian(*arguments: Any) -> Tensor:
     gradient = torch.empty_like(jacobian, dtype=operands.hidden.dtype)
     if operands.labels is None or from_lse is None:
         given = from_lse if operands.labels is None else from_logps
-        coefficients = _incoming(given, rows, target_logit)
+        coefficients = incoming(given, rows, target_logit)
         torch.mul(coefficients.unsqueeze(1), jacobian, out=gradient)
         return spread(gradient, rows, count)
     operands, ignored = operands.without_ignored()
-    from_lse, from_logps = (_incoming(one, rows, target_logit) for one in (from_lse, from_logps))
+    from_lse, from_logps = (incoming(one, rows, target_logit) for one in (from_lse, from_logps))
     of_labels = from_lse * operands.transform().slope(target_logit)
     if ignored is not None:
         of_labels = of_labels.masked_fill(ignored, 0)
@@ -253,6 +253,6 @@ for op in linear_logps_ops:
     op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _incoming(gradient: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
+def incoming(gradient: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
     """The gradient (n,) of some rows' numbers: zeros where none came, contiguous for kernels."""
     return torch.zeros_like(like) if gradient is None else take(gradient, rows).contiguous()

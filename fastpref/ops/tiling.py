@@ -17,6 +17,12 @@ ACCELERATOR_TILE_BYTES = 128 * 2**20
 # On a GPU several tiles are the operand of one second product, which the more columns it sums over
 # the more seldom reads and writes what it adds to.
 ACCELERATOR_OPERAND_BYTES = 128 * 2**20
+# Two tiles of some rows and the whole vocabulary: so many rows share one reading of two heads.
+CPU_BLOCK_BYTES = 192 * 2**20
+ACCELERATOR_BLOCK_BYTES = 512 * 2**20
+# What is computed elementwise goes through a CPU's cache in pieces, of which several are needed.
+CPU_PIECE_BYTES = 768 * 2**10
+ACCELERATOR_PIECE_BYTES = 64 * 2**20
 COLUMN_MULTIPLE = 128
 FEWEST_COLUMNS = 384  # of a tile, but for the last one
 ALIGNMENT = 16  # bytes: every view of kept tiles starts where vector loads can
@@ -48,32 +54,32 @@ class Tiling(NamedTuple):
 
     def row_stretches(self) -> Iterator[slice]:
         """Rows of one second product after another, in order."""
-        return _blocks(0, self.rows, self.stretch_rows)
+        return blocks(0, self.rows, self.stretch_rows)
 
     def row_blocks(self, stretch: slice | None = None) -> Iterator[slice]:
         """Rows of one tile after another, of a stretch or of all rows."""
         start, stop = (0, self.rows) if stretch is None else (stretch.start, stretch.stop)
-        return _blocks(start, stop, self.row_step)
+        return blocks(start, stop, self.row_step)
 
     def column_stretches(self) -> Iterator[slice]:
         """Columns of one second product after another, in order."""
         whole = self.vocab_size - self.tail
-        yield from _blocks(0, whole, self.column_step * self.tiles_across)
-        yield from _blocks(whole, self.vocab_size, VECTOR_COLUMNS)
+        yield from blocks(0, whole, self.column_step * self.tiles_across)
+        yield from blocks(whole, self.vocab_size, VECTOR_COLUMNS)
 
     def column_blocks(self, stretch: slice | None = None) -> Iterator[slice]:
         """Columns of one tile after another, of a stretch or of the whole vocabulary."""
         if stretch is not None:
-            return _blocks(stretch.start, stretch.stop, self.column_step)
+            return blocks(stretch.start, stretch.stop, self.column_step)
         return (block for one in self.column_stretches() for block in self.column_blocks(one))
 
     def tile_buffer(self, like: Tensor) -> Tensor:
         """Memory for the largest tile; `carve` gives it the shape of any."""
-        return like.new_empty(self.row_step * _padded(self.column_step))
+        return like.new_empty(self.row_step * padded(self.column_step))
 
     def operand_buffer(self, like: Tensor) -> Tensor:
         """Memory for the largest operand of a second product."""
-        return like.new_empty(self.stretch_rows * _padded(self.column_step * self.tiles_across))
+        return like.new_empty(self.stretch_rows * padded(self.column_step * self.tiles_across))
 
 
 def grid_by_rows(rows: int, hidden_size: int, vocab_size: int, like: Tensor) -> Tiling:
@@ -110,6 +116,26 @@ def grid_by_columns(rows: int, hidden_size: int, vocab_size: int, like: Tensor) 
     across = -(-stretch // largest)
     columns = _columns(stretch, across, 1)
     return _accelerator_grid(rows, vocab_size, row_step, columns, across, rows)
+
+
+def rows_per_block(rows: int, vocab_size: int, like: Tensor) -> int:
+    """For what needs two numbers of every token at once: blocks of rows, all alike."""
+    on_cpu = like.device.type == "cpu"
+    budget = CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES
+    largest = budget // (2 * padded(vocab_size) * like.dtype.itemsize)
+    return _even_step(rows, max(1, min(largest, ROWS_PER_TILE)), multiple=1)
+
+
+def rows_per_piece(vocab_size: int, like: Tensor) -> int:
+    """Rows of a block that are computed elementwise at once."""
+    budget = CPU_PIECE_BYTES if like.device.type == "cpu" else ACCELERATOR_PIECE_BYTES
+    return max(1, budget // (padded(vocab_size) * like.dtype.itemsize))
+
+
+def columns_per_cast(hidden_size: int, like: Tensor) -> int:
+    """Columns of the vocabulary whose operands are cast to another dtype at once."""
+    budget = CPU_TILE_BYTES if like.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+    return _columns(budget, hidden_size, like.dtype.itemsize)
 
 
 def _cpu_grid(rows: int, vocab_size: int, like: Tensor) -> Tiling:
@@ -156,15 +182,17 @@ def multiprocessors(device: torch.device) -> int:
 
 def carve(buffer: Tensor, rows: int, columns: int) -> Tensor:
     """A (rows, columns) view of the start of a flat buffer, its rows whole vectors apart."""
-    stride = _padded(columns)
+    stride = padded(columns)
     return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
-def _padded(columns: int) -> int:
+def padded(columns: int) -> int:
+    """How far apart rows of so many columns are: whole vectors."""
     return -(-columns // VECTOR_COLUMNS) * VECTOR_COLUMNS
 
 
-def _blocks(start: int, stop: int, step: int) -> Iterator[slice]:
+def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
+    """A range, cut into pieces of ``step``."""
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
@@ -191,7 +219,7 @@ class KeptTiles(NamedTuple):
         if rest or start + self._bytes_of(width) > self.buffer.numel():
             return None
         rows = self.grid.rows
-        end = start + rows * _padded(width) * self.operands.itemsize
+        end = start + rows * padded(width) * self.operands.itemsize
         exponentials = self.buffer[start:end].view(self.operands)
         start = _aligned(end)
         reference = self.buffer[start : start + rows * self.statistics.itemsize]
@@ -203,7 +231,7 @@ class KeptTiles(NamedTuple):
         return max(kept, default=0)
 
     def _bytes_of(self, width: int) -> int:
-        exponentials = self.grid.rows * _padded(width) * self.operands.itemsize
+        exponentials = self.grid.rows * padded(width) * self.operands.itemsize
         return _aligned(exponentials) + _aligned(self.grid.rows * self.statistics.itemsize)
 
 

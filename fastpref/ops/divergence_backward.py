@@ -1,0 +1,186 @@
+"""The operators that `linear_divergence` calls in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.ops.backend import multiply, statistics_dtype
+from fastpref.ops.divergence_rows import SCHEMA as COMPARISON_SCHEMA
+from fastpref.ops.divergence_rows import Comparison, KeptRows, RowBlocks
+from fastpref.ops.linear_logps_op import incoming, rows_read
+from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread
+from fastpref.ops.running import Running
+from fastpref.ops.tiling import ROWS_PER_TILE, blocks, carve, grid_by_columns
+from fastpref.ops.torch_tiles import label_columns
+
+LEFT_FOR_BACKWARD = (
+    "Tensor? divergence_gradient, Tensor? logps_gradient, Tensor? lse_gradient, "
+    "Tensor running, Tensor rows, Tensor n_rows"
+)
+
+
+class Coefficients(NamedTuple):
+    """What makes gradients of projections out of what `RowBlocks.read` gives: every tensor (n,)."""
+
+    of_gradient: Tensor
+    # Where log-probabilities or logsumexp have a gradient:
+    of_probabilities: Tensor | None
+    of_labels: Tensor | None  # what the labels' projections have of that gradient
+
+    @classmethod
+    def of(cls, student: Logits, given: tuple[Tensor | None, ...], running: Tensor) -> Coefficients:
+        """From the gradients (N,) of divergences, log-probabilities and logsumexp."""
+        dtype = statistics_dtype(student.hidden.dtype)
+        like = student.hidden.new_empty(student.shape()[0], dtype=dtype)
+        divergence, logps, lse = (incoming(one, student.rows, like) for one in given)
+        factor = student.transform.factor
+        if given[1] is None and given[2] is None:
+            return cls(divergence * factor, None, None)
+        state = Running.of(running[:, : len(like)])
+        shares, slope = state.shares(), student.transform.slope(state.target_logit)
+        of_labels = (lse * shares.label + logps * shares.others) * slope
+        return cls(divergence * factor, (lse - logps) * factor, of_labels)
+
+    def without(self, ignored: Tensor | None) -> Coefficients:
+        """The same with nothing in the rows (n,) that are ignored."""
+        if ignored is None:
+            return self
+        of_gradient, *more = (one if one is None else one.masked_fill(ignored, 0) for one in self)
+        assert of_gradient is not None
+        return Coefficients(of_gradient, *more)
+
+    def gradient(
+        self,
+        rows: slice,
+        columns: slice,
+        kept: KeptRows,  # of these rows
+        labels: Tensor | None,  # (k,) of these rows
+        out: Tensor,  # (k, w), written
+    ) -> Tensor:
+        """The gradient of one tile of projections, in the dtype of ``out``."""
+        of_gradient = self.of_gradient[rows].unsqueeze(1)
+        torch.mul(kept.gradient[:, columns], of_gradient, out=out)
+        if self.of_probabilities is None or self.of_labels is None or labels is None:
+            return out
+        assert kept.probabilities is not None
+        out.add_(kept.probabilities[:, columns] * self.of_probabilities[rows].unsqueeze(1))
+        column, inside = label_columns(labels, columns.start, columns.stop - columns.start)
+        at_label = torch.where(inside, self.of_labels[rows], 0).unsqueeze(1)
+        return out.scatter_add_(1, column, at_label)
+
+
+def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not wanted."""
+    operands, more = Operands.split(arguments)
+    comparison, (*given, running, rows, n_rows, cache, wants_hidden, wants_weight, wants_bias) = (
+        Comparison.split(more)
+    )
+    hidden_gradient, weight_gradient, bias_gradient = _gradients(*arguments)
+    rows = rows_read(operands, rows, n_rows)
+    if operands.count(rows) == 0:
+        return hidden_gradient.zero_(), weight_gradient.zero_(), bias_gradient.zero_()
+
+    operands, ignored = operands.without_ignored()
+    student, comparison = operands.logits(rows), comparison.without(ignored)
+    coefficients = Coefficients.of(student, tuple(given), running).without(ignored)
+    (count, width), like = (student.shape()[0], operands.hidden.shape[1]), coefficients.of_gradient
+    kept = KeptRows.of(cache, student, probabilities=running.numel() > 0)
+    hidden_total = like.new_empty(count if wants_hidden else 0, width)
+    weight_total = torch.empty_like(weight_gradient, dtype=like.dtype)
+    bias_total = torch.empty_like(bias_gradient, dtype=like.dtype)
+    hidden, first = student.hidden_of(slice(0, count)), True
+    for rows_of_group, group in _groups(student, comparison, kept, coefficients):
+        labels, height = student.labels_of(rows_of_group), len(group.gradient)
+        grid = grid_by_columns(height, width, student.shape()[1], like)
+        buffer = grid.tile_buffer(like)
+        for columns in grid.column_blocks():
+            tile = carve(buffer, height, columns.stop - columns.start)
+            tile = coefficients.gradient(rows_of_group, columns, group, labels, tile)
+            operand = tile.to(hidden.dtype)
+            if wants_hidden:
+                total = hidden_total[rows_of_group]
+                multiply(operand, student.weight[columns], total, add=columns.start > 0)
+            if wants_weight:
+                total = weight_total[columns]
+                multiply(operand.T, hidden[rows_of_group], total, add=not first)
+            if wants_bias:
+                summed = tile.sum(0)
+                bias_total[columns] = summed if first else bias_total[columns] + summed
+        first = False
+    if wants_hidden:
+        hidden_gradient = spread(hidden_total.to(hidden_gradient.dtype), rows, len(hidden_gradient))
+    return hidden_gradient, weight_total.to(weight_gradient), bias_total.to(bias_gradient)
+
+
+def _groups(
+    student: Logits, comparison: Comparison, kept: KeptRows, coefficients: Coefficients
+) -> Iterator[tuple[slice, KeptRows]]:
+    """Some rows after others: those that were kept, and those that are read again."""
+    number, count = len(kept.gradient), student.shape()[0]
+    for rows in blocks(0, number, ROWS_PER_TILE):
+        yield rows, kept.of_rows(rows)
+    if number == count:
+        return
+    probabilities = coefficients.of_probabilities is not None
+    reader = RowBlocks(student, comparison, stats=False, probabilities=probabilities)
+    for rows in reader.of(number, count):
+        yield rows, KeptRows(*reader.read(rows))
+
+
+def _gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, wants_hidden, wants_weight, wants_bias = more
+    return (
+        hidden.new_empty(hidden.shape if wants_hidden else (0,)),
+        weight.new_empty(weight.shape if wants_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if wants_bias else (0,)),
+    )
+
+
+backward_ops = register(
+    "linear_divergence_backward",
+    gradients_of_operands,
+    _gradients,
+    f"({SCHEMA}, {COMPARISON_SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor cache, "
+    "bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def gradient_by_jacobian(*arguments: Any) -> Tensor:
+    """Gradient of hidden (N, H) from the Jacobians (n, H).
+
+    An operator without a derivative of its own: what autograd would make of a second derivative
+    here is wrong, and it says so instead.
+    """
+    operands, more = Operands.split(arguments)
+    *given, running, rows, n_rows, jacobian, logps_jacobian = more
+    rows = rows_read(operands, rows, n_rows)
+    count = operands.count(rows)
+    like = jacobian[:count, 0]
+    divergence, logps, lse = (incoming(one, rows, like) for one in given)
+    total = jacobian[:count] * divergence.unsqueeze(1)
+    if given[1] is not None or given[2] is not None:
+        total.addcmul_(logps_jacobian[:count], (logps - lse).unsqueeze(1))
+    if given[2] is not None:
+        operands, ignored = operands.without_ignored()
+        of_labels = lse * operands.transform().slope(running[2, :count])
+        if ignored is not None:
+            of_labels = of_labels.masked_fill(ignored, 0)
+        weight = operands.logits(rows).weight_of_labels()
+        total.addcmul_(weight, of_labels.unsqueeze(1))
+    return spread(total.to(operands.hidden.dtype), rows, operands.hidden.shape[0])
+
+
+def _hidden_gradient(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+by_jacobian_ops = register(
+    "linear_divergence_gradient_by_jacobian",
+    gradient_by_jacobian,
+    _hidden_gradient,
+    f"({SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor jacobian, Tensor logps_jacobian) -> Tensor",
+)
