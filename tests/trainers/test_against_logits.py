@@ -21,12 +21,12 @@ from fastpref.models import lm_head_of
 
 DATA = dataset(**signal("shaping"), **signal("reward"))
 VOCABULARY = len(TOKENIZER)
-# With no responses of the student's own, which a test below has.
-OF_THE_DATASET = {"gkd": {"lmbda": 0.0}}
 
 
 def preference_trainer(folder, method, *, model=None, settings=None, **options):
-    settings = {"method": method, **OF_THE_DATASET.get(method, {}), **(settings or {})}
+    # Of the student's own responses there is a test below.
+    of_the_dataset = {"lmbda": 0.0} if "gkd" in method else {}
+    settings = {"method": method, **of_the_dataset, **(settings or {})}
     options = {"train_dataset": DATA, **options}
     classes = PreferenceTrainer, PreferenceConfig
     return trainer(*classes, folder, model or student(), settings=settings, **options)

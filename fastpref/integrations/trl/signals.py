@@ -41,8 +41,6 @@ class Signal:
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """A dataset with what is read of it; refused is one that lacks it, or has it twice."""
-        if not self.argument:  # a reference's, which DPOTrainer adds
-            return dataset
         missing = missing_columns(dataset, self.columns)
         columns = " and ".join(self.columns)
         if self.compute is not None or self.read is not None:

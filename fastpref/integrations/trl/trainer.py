@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, get_config_model_id, use_adapter
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import refuse
 from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl import metrics
-from fastpref.integrations.trl.batches import chosen_half, mismatched, shifted_labels
+from fastpref.integrations.trl.batches import chosen_half, shifted_labels, written_by
 from fastpref.integrations.trl.config import (
     DRDOConfig,
     OracleConfig,
@@ -28,7 +26,6 @@ from fastpref.integrations.trl.config import (
     inputs_of,
 )
 from fastpref.integrations.trl.passes import (
-    BOTH,
     Comparison,
     Reading,
     Sides,
@@ -38,19 +35,15 @@ from fastpref.integrations.trl.passes import (
     sides_of,
     student_numbers,
 )
-from fastpref.integrations.trl.readers import kept_reading
-from fastpref.integrations.trl.saving import SavesRewardHead
+from fastpref.integrations.trl.reading import ReadsModels, take_over_head
 from fastpref.integrations.trl.signals import (
-    REFERENCE,
     CollatorWithColumns,
     Signal,
     missing_columns,
-    responses_logps,
     signals_of,
     warn_of_other_lengths,
 )
 from fastpref.losses import METHODS
-from fastpref.models.fused_head import add_fused_head
 from fastpref.models.reward_head import rewards_at_head
 from fastpref.ops import Head
 from fastpref.responses import Tokens
@@ -59,7 +52,7 @@ from fastpref.sequences import labels_of_states
 OF_REWARD_HEAD = ("rewards", "student_rewards")  # inputs of a loss that the model itself gives
 
 
-class PreferenceTrainer(SavesRewardHead):
+class PreferenceTrainer(ReadsModels):
     """TRL's ``DPOTrainer`` with any loss of `fastpref.losses`, and without logits.
 
     Everything of ``DPOTrainer`` that is not its loss stays: dataset formats, collator, logging,
@@ -115,9 +108,6 @@ class PreferenceTrainer(SavesRewardHead):
     # What transformers leaves open.
     args: Any
     _signature_columns: Any
-    # DPOTrainer's own __init__ reads batches where it precomputes a reference.
-    signals: Mapping[str, Signal] = {}
-    columns: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -193,65 +183,13 @@ class PreferenceTrainer(SavesRewardHead):
         loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
         return loss, None, None
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(B,) summed log-probabilities of chosen and rejected responses under the reference.
-
-        Without a reference model of its own, that is the student with its adapter off, or with a
-        copy of the adapter that it began with.
-        """
-        chosen, rejected = self._read_by_reference(model, inputs)[0].chunk(2)
-        return chosen, rejected
-
-    def _read_by_reference(
-        self, model: Any, inputs: dict[str, Any], sides: Sides | None = None
-    ) -> tuple[Tensor, Reading | None]:
-        """The reference's (S,) log-probabilities of responses, and the states that are read."""
-        student = self.accelerator.unwrap_model(self.model)
-        take_over_head(self.accelerator.unwrap_model(model))
-        adapter: AbstractContextManager[None] = nullcontext()
-        if self.ref_model is None and is_peft_model(student):
-            name = "ref" if "ref" in student.peft_config else None
-            adapter = use_adapter(student, adapter_name=name)
-        kept: list[Reading] = []
-        spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
-
-        def keep(states: Tensor, head: Head) -> None:
-            if sides:
-                kept.append(kept_reading(states, head, BOTH, spread))
-
-        with adapter:
-            logps = self._logps_without_gradient(model, inputs, keep)
-        return logps, kept[0] if kept else None
-
-    def _logps_without_gradient(
-        self, model: Any, inputs: dict[str, Any], keep: Callable[[Tensor, Head], None] | None = None
-    ) -> Tensor:
-        """(S,) summed log-probabilities of responses under a model."""
-        labels = shifted_labels(inputs)
-
-        def at_head(states: Tensor, head: Head) -> dict[str, Tensor]:
-            if keep is not None:
-                keep(states, head)
-            return {"logps": responses_logps(states, head, labels)}
-
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self.accelerator.autocast(),
-        ):
-            logps: Tensor = model(**self._model_inputs(inputs), at_head=at_head)["logps"]
-        return logps
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if not self.args.has_reference():
-            return dataset
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         mode = "train" if self.model.training else "eval"
         pairs = len(inputs["input_ids"]) // 2
         if not self._reads_rejected():
             inputs = chosen_half(inputs)
+        if mode == "train" and self._is_on_policy():
+            inputs = self._with_own_responses(model, inputs)
         labels = shifted_labels(inputs)
         signals, readings = self._read(model, inputs, labels, pairs)
         model_inputs = self._model_inputs(inputs)
@@ -274,44 +212,21 @@ class PreferenceTrainer(SavesRewardHead):
         """Whether some loss reads more of a pair than its chosen response."""
         return any(self.args.inputs(one) - {"chosen", "divergences"} for one in self.args.methods)
 
-    def _read(
-        self, model: Any, inputs: dict[str, Any], labels: Tensor, pairs: int
-    ) -> tuple[dict[str, Tensor], dict[str, Reading]]:
-        """What losses read beside the student's own numbers: of columns, and of other models."""
-        columns = {name: one for name, one in self.signals.items() if one.read is None}
-        signals = {name: one.of_batch(inputs) for name, one in columns.items()}
-        readings = {}
-        for reader in self.readers:
-            found, reading = reader(inputs, labels, pairs)
-            signals |= found
-            if reading is not None:
-                readings[reader.argument] = reading
-        if self.precompute_ref_logps:
-            signals["ref_logps"] = REFERENCE.of_batch(inputs)
-        elif self.args.has_reference():
-            compared = [one for one in self.comparisons if "ref_model" in one.models]
-            reference = self.model if self.ref_model is None else self.ref_model
-            sides = self.comparisons[compared[0]] if compared else None
-            signals["ref_logps"], reading = self._read_by_reference(reference, inputs, sides)
-            if reading is not None:
-                readings["ref_model"] = reading
-        if self.args.reads("desirable"):
-            signals["desirable"] = torch.arange(len(labels), device=labels.device) < pairs
-        if self.args.reads("kl_log_ratios"):
-            signals["kl_log_ratios"] = self._mismatched_log_ratio(model, inputs, pairs)
-        return signals, readings
+    def _is_on_policy(self) -> bool:
+        """Whether the student writes this step's responses.
 
-    def _mismatched_log_ratio(self, model: Any, inputs: dict[str, Any], pairs: int) -> Tensor:
-        """() the mean log-ratio of mismatched prompts and responses, over all processes."""
-        total = torch.zeros(2, device=inputs["input_ids"].device)
-        if pairs > 1:  # the two responses of one pair have the same prompt
-            others = mismatched(inputs, self.args.max_length)
-            reference = self.model if self.ref_model is None else self.ref_model
-            ratios = self._logps_without_gradient(model, others)
-            ratios = ratios - self._read_by_reference(reference, others)[0]
-            total = metrics.summed(ratios)
-        total = self.accelerator.reduce(total, "sum")
-        return total[0] / total[1].clamp_min(1)
+        That follows from the seed and the number of the step: it is the same in every process,
+        which all have to generate together, and after a training was resumed.
+        """
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}").random()
+        return draw < (self.args.lmbda or 0.0)
+
+    def _with_own_responses(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with the student's responses to its prompts."""
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        options = {"gradient_checkpointing_kwargs": checkpointing}
+        with unwrap_model_for_generation(model, self.accelerator, **options) as student:
+            return written_by(student, inputs, self._tokenizer, self.args.sampling_options())
 
     def _at_head(
         self,
@@ -383,10 +298,6 @@ class PreferenceTrainer(SavesRewardHead):
         if mode == "train":
             self._total_train_tokens += int(tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-
-    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        ours = {"completion_mask", *REFERENCE.columns, *self.columns}
-        return {name: value for name, value in inputs.items() if name not in ours}
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]  # TRL's own
@@ -466,16 +377,3 @@ def refuse_adapters(model: Any, peft_config: Any) -> None:
         if getattr(config, "is_prompt_learning", False):
             got = f"{type(config).__name__}, whose virtual tokens shift the response"
             refuse("peft_config", "an adapter of the model's layers, LoRA for example", got)
-
-
-def take_over_head(model: Any) -> None:
-    """`add_fused_head`, in place of TRL's own fused head where that is outermost."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = bare.__dict__.get("forward")
-    if inspect.ismethod(forward) and forward.__func__.__globals__ is add_fused_lm_head.__globals__:
-        # TRL has no switch for it: what it covered is a variable of its function (TRL 1.16).
-        below = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
-        del bare.forward
-        if below != bare.forward:  # somebody else's, accelerate's hooks for example
-            bare.forward = below
-    add_fused_head(bare)
