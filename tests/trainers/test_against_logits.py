@@ -5,9 +5,13 @@ from __future__ import annotations
 import formulas
 import pytest
 import torch
+from counting import peak_bytes_of
+from peft import LoraConfig
 from training import (
     TOKENIZER,
+    assert_same,
     dataset,
+    history,
     models_for,
     signal,
     student,
@@ -121,6 +125,62 @@ def assert_same_gradients(found, naive):
     for name, other in naive.named_parameters():
         gradient = torch.zeros_like(other) if other.grad is None else other.grad
         torch.testing.assert_close(ours[name].grad, gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_columns_are_as_good_as_the_teacher(tmp_path):
+    size = {"per_device_train_batch_size": 8, "train_sampling_strategy": "sequential"}
+    along = preference_trainer(tmp_path, "dpkd", settings=size, **models_for("dpkd"))
+    batch = batch_of(along)
+    chosen, rejected = along.readers[0](batch, labels_of(batch), 8)[0]["teacher_logps"].chunk(2)
+    columns = {"teacher_chosen_logps": chosen, "teacher_rejected_logps": rejected}
+    data = dataset(**{name: one.tolist() for name, one in columns.items()})
+    found = preference_trainer(tmp_path, "dpkd", settings=size, train_dataset=data)
+    assert_same(history(found), history(along))
+
+
+def test_the_student_without_its_adapter_is_the_reference(tmp_path):
+    """At every token, and of mismatched responses."""
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    for method in ("tdpo", "kto"):
+        torch.manual_seed(0)
+        found = preference_trainer(tmp_path, method, peft_config=lora)
+        torch.manual_seed(0)
+        expected = preference_trainer(tmp_path, method, peft_config=lora, ref_model=student())
+        logged = history(found)
+        assert_same(logged, history(expected))
+        assert abs(logged[0]["rewards/chosen"]) > 1e-3, "the reference was the student itself"
+
+
+@pytest.mark.parametrize("method", ["tdpo", "dckd", "adpa", "wpo", "gkd", "kto"])
+def test_bf16_and_checkpointing(tmp_path, method):
+    settings = {"bf16": True, "gradient_checkpointing": True}
+    found = history(preference_trainer(tmp_path, method, settings=settings, **models_for(method)))
+    whole = history(preference_trainer(tmp_path, method, **models_for(method)))
+    assert found[0]["loss"] == pytest.approx(whole[0]["loss"], rel=0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["tdpo", "dckd", "adpa", "wpo", "gkd"])
+def test_no_logits_exist(tmp_path, method):
+    """In a whole step, of no model."""
+    sizes = {"vocab_size": 150_000, "hidden_size": 4}
+    models = {
+        name: student(seed=3, **sizes) if name.endswith("model") else one
+        for name, one in models_for(method).items()
+    }
+    settings = {"per_device_train_batch_size": 8, "scratch_bytes": 0}
+    model = student(**sizes)
+    found = preference_trainer(tmp_path, method, model=model, settings=settings, **models)
+    batch = batch_of(found)
+    tokens = int((labels_of(batch) != -100).sum())
+    head = 4 * sizes["vocab_size"] * sizes["hidden_size"]
+
+    def step() -> None:
+        found.compute_loss(found.model, dict(batch)).backward()
+
+    step()
+    logits = 4 * tokens * sizes["vocab_size"]
+    print(method, peak_bytes_of(step) / 2**20, logits / 2**20, head / 2**20)
+    assert peak_bytes_of(step) < logits
 
 
 METHODS_AND_SETTINGS = [
