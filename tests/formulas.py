@@ -6,6 +6,8 @@ hidden (2B, T, H), a head (V, H), labels (2B, T). The library imports none of th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -291,8 +293,8 @@ def divergence(
         a = log_a.exp()
         return torch.where(a > 0, a * (log_a - log_b), 0).sum(-1)
 
-    def mixture(share: float, first: Tensor, second: Tensor) -> Tensor:
-        return (share * first.exp() + (1 - share) * second.exp()).log()
+    def mixture(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+        return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
     if kind == "jsd":
         log_m = mixture(beta, log_p, log_q)

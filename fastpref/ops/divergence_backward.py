@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from fastpref.ops.divergence_rows import Comparison, KeptRows, RowBlocks
 from fastpref.ops.linear_logps_op import incoming, rows_read
 from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread
 from fastpref.ops.running import Running
-from fastpref.ops.tiling import ROWS_PER_TILE, blocks, carve, grid_by_columns
+from fastpref.ops.tiling import carve, grid_by_columns
 from fastpref.ops.torch_tiles import label_columns
 
 LEFT_FOR_BACKWARD = (
@@ -57,17 +58,17 @@ class Coefficients(NamedTuple):
         self,
         rows: slice,
         columns: slice,
-        kept: KeptRows,  # of these rows
+        read: KeptRows,  # of these rows
         labels: Tensor | None,  # (k,) of these rows
         out: Tensor,  # (k, w), written
     ) -> Tensor:
         """The gradient of one tile of projections, in the dtype of ``out``."""
         of_gradient = self.of_gradient[rows].unsqueeze(1)
-        torch.mul(kept.gradient[:, columns], of_gradient, out=out)
+        torch.mul(read.gradient[:, columns], of_gradient, out=out)
         if self.of_probabilities is None or self.of_labels is None or labels is None:
             return out
-        assert kept.probabilities is not None
-        out.add_(kept.probabilities[:, columns] * self.of_probabilities[rows].unsqueeze(1))
+        assert read.probabilities is not None
+        out.add_(read.probabilities[:, columns] * self.of_probabilities[rows].unsqueeze(1))
         column, inside = label_columns(labels, columns.start, columns.stop - columns.start)
         at_label = torch.where(inside, self.of_labels[rows], 0).unsqueeze(1)
         return out.scatter_add_(1, column, at_label)
@@ -79,41 +80,45 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     comparison, (*given, running, rows, n_rows, cache, wants_hidden, wants_weight, wants_bias) = (
         Comparison.split(more)
     )
-    hidden_gradient, weight_gradient, bias_gradient = _gradients(*arguments)
     rows = rows_read(operands, rows, n_rows)
     if operands.count(rows) == 0:
-        return hidden_gradient.zero_(), weight_gradient.zero_(), bias_gradient.zero_()
+        return tuple(gradient.zero_() for gradient in _gradients(*arguments))
 
     operands, ignored = operands.without_ignored()
     student, comparison = operands.logits(rows), comparison.without(ignored)
     coefficients = Coefficients.of(student, tuple(given), running).without(ignored)
-    (count, width), like = (student.shape()[0], operands.hidden.shape[1]), coefficients.of_gradient
+    count, like = student.shape()[0], coefficients.of_gradient
     kept = KeptRows.of(cache, student, probabilities=running.numel() > 0)
-    hidden_total = like.new_empty(count if wants_hidden else 0, width)
-    weight_total = torch.empty_like(weight_gradient, dtype=like.dtype)
-    bias_total = torch.empty_like(bias_gradient, dtype=like.dtype)
-    hidden, first = student.hidden_of(slice(0, count)), True
-    for rows_of_group, group in _groups(student, comparison, kept, coefficients):
-        labels, height = student.labels_of(rows_of_group), len(group.gradient)
-        grid = grid_by_columns(height, width, student.shape()[1], like)
+    hidden, (vocab_size, width) = student.hidden_of(slice(0, count)), operands.weight.shape
+    hidden_total = like.new_empty(count, width) if wants_hidden else None
+    weight_total = like.new_empty(vocab_size, width) if wants_weight else None
+    bias_total = like.new_empty(vocab_size) if wants_bias else None
+    for group, read in _groups(student, comparison, kept, coefficients):
+        grid = grid_by_columns(group.stop - group.start, width, vocab_size, like)
         buffer = grid.tile_buffer(like)
-        for columns in grid.column_blocks():
-            tile = carve(buffer, height, columns.stop - columns.start)
-            tile = coefficients.gradient(rows_of_group, columns, group, labels, tile)
+        for columns, block in product(grid.column_blocks(), grid.row_blocks()):
+            rows_of_tile = slice(group.start + block.start, group.start + block.stop)
+            tile = coefficients.gradient(
+                rows_of_tile, columns, read.of_rows(block), student.labels_of(rows_of_tile),
+                carve(buffer, block.stop - block.start, columns.stop - columns.start),
+            )  # fmt: skip
             operand = tile.to(hidden.dtype)
-            if wants_hidden:
-                total = hidden_total[rows_of_group]
+            if hidden_total is not None:
+                total = hidden_total[rows_of_tile]
                 multiply(operand, student.weight[columns], total, add=columns.start > 0)
-            if wants_weight:
-                total = weight_total[columns]
-                multiply(operand.T, hidden[rows_of_group], total, add=not first)
-            if wants_bias:
-                summed = tile.sum(0)
-                bias_total[columns] = summed if first else bias_total[columns] + summed
-        first = False
-    if wants_hidden:
-        hidden_gradient = spread(hidden_total.to(hidden_gradient.dtype), rows, len(hidden_gradient))
-    return hidden_gradient, weight_total.to(weight_gradient), bias_total.to(bias_gradient)
+            later = rows_of_tile.start > 0
+            if weight_total is not None:
+                multiply(operand.T, hidden[rows_of_tile], weight_total[columns], add=later)
+            if bias_total is not None:
+                total, summed = bias_total[columns], tile.sum(0)
+                total.add_(summed) if later else total.copy_(summed)
+    if hidden_total is not None:
+        hidden_total = spread(hidden_total.to(operands.hidden.dtype), rows, len(operands.hidden))
+    totals = hidden_total, weight_total, bias_total
+    return tuple(
+        nothing if total is None else total.to(nothing.dtype)
+        for total, nothing in zip(totals, _gradients(*arguments[:-3], *[False] * 3), strict=True)
+    )
 
 
 def _groups(
@@ -121,8 +126,8 @@ def _groups(
 ) -> Iterator[tuple[slice, KeptRows]]:
     """Some rows after others: those that were kept, and those that are read again."""
     number, count = len(kept.gradient), student.shape()[0]
-    for rows in blocks(0, number, ROWS_PER_TILE):
-        yield rows, kept.of_rows(rows)
+    if number > 0:
+        yield slice(0, number), kept
     if number == count:
         return
     probabilities = coefficients.of_probabilities is not None

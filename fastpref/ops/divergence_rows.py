@@ -154,8 +154,8 @@ class RowBlocks:
         """Overwrite the teacher's projections by its log-probabilities less the reference's."""
         assert self.reference is not None
         spare = carve(self.spare[0], len(teacher), self.vocab_size)
-        _, others = normalise_(self.teacher.transform.apply_(teacher), out=spare)
-        _, of_reference = normalise_(self.reference.transform.apply_(reference), out=spare)
+        *_, others = normalise_(self.teacher.transform.apply_(teacher), out=spare)
+        *_, of_reference = normalise_(self.reference.transform.apply_(reference), out=spare)
         log_ratio_(teacher, others, reference, of_reference)
         # NaN of rows that have no distribution, which is all that the ratio does not say.
         self.numbers.divergence[start : start + len(teacher)] = (others + of_reference) * 0
@@ -173,20 +173,21 @@ class RowBlocks:
             column, inside = label_columns(labels, 0, self.vocab_size)
             at_label = logits.gather(1, column).squeeze(1)
             numbers.target_logit.copy_(at_label.masked_fill_(~inside, torch.nan))
-        maximum, others = normalise_(logits, out=q)
+        maximum, top, others = normalise_(logits, out=q)
         if self.stats:
             numbers.maximum.copy_(maximum)
             numbers.others.copy_(others)
             numbers.shortfall.copy_(times(q, logits, out=spare).sum(1).mul_(-1 - others))
         invalid = others * 0
         if self.reference is None:
-            _, of_teacher = normalise_(self.teacher.transform.apply_(teacher), out=p)
+            *_, of_teacher = normalise_(self.teacher.transform.apply_(teacher), out=p)
             log_ratio_(teacher, of_teacher, logits, others)
             invalid += of_teacher * 0
         if self.probabilities:
             more[0].copy_(q)
         values, gradient = KINDS[self.kind](
-            Pair(q, p, log_ratio=teacher, out=student, spare=spare, mixture=mixture), self.settings
+            Pair(q, p, log_ratio=teacher, top=top, out=student, spare=spare, mixture=mixture),
+            self.settings,
         )
         if self.kind not in SIGNED:
             values.clamp_min_(0)
@@ -229,19 +230,19 @@ def bytes_of_rows(count: int, vocab_size: int, dtype: torch.dtype, probabilities
     return count * padded(vocab_size) * dtype.itemsize * (2 if probabilities else 1)
 
 
-def normalise_(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def normalise_(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract each row's largest logit, and write the probabilities (k, V) to ``out``.
 
-    Returns that logit (k,), and the sum (k,) of the exponentials of the others: logarithms of one
-    more than this are right to the last digit where one token is all but certain. It is NaN where
-    a row has an infinite logit, or none above -inf.
+    Returns that logit (k,), its column (k, 1), and the sum (k,) of the others' exponentials: the
+    logarithm of one more is right to the last digit where one token is all but certain. It is NaN
+    where a row has an infinite logit, or none above -inf.
     """
     maximum, top = largest(logits)
     column = top.unsqueeze(1)
     torch.exp(logits.sub_(maximum.unsqueeze(1)), out=out)
     others = out.scatter_(1, column, 0).sum(1).add_(maximum * 0)
     out.scatter_(1, column, 1).mul_((1 / (1 + others)).unsqueeze(1))
-    return maximum, others
+    return maximum, column, others
 
 
 def log_ratio_(above: Tensor, others_above: Tensor, below: Tensor, others_below: Tensor) -> Tensor:

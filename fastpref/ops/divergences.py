@@ -25,6 +25,7 @@ class Pair(NamedTuple):
     q: Tensor  # the student's probabilities
     p: Tensor  # the teacher's
     log_ratio: Tensor  # log(p / q); infinite where one of the two is masked, 0 where both are
+    top: Tensor  # (k, 1) int64, one of the student's most probable tokens; is not overwritten
     out: Tensor  # for the gradient
     spare: Tensor
     mixture: Tensor  # 2m / (p + q), once it is known
@@ -36,6 +37,17 @@ class Pair(NamedTuple):
     def excess(self, half_tanh: Tensor) -> Tensor:
         """``p - q``, in the place of ``p``."""
         return self.p.add_(self.q).mul_(half_tanh)
+
+    def centred(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """``E_q g`` (k,), and ``q (g - E_q g)`` in ``out``.
+
+        Relative to the top's ``g``, which is nearly all of the mean where the student is certain.
+        """
+        of_top = g.gather(1, self.top)
+        of_top = of_top.masked_fill(of_top.isinf(), 0)
+        terms = times(self.q, torch.sub(g, of_top, out=self.out), out=self.out)
+        mean = terms.sum(1, keepdim=True)
+        return (mean + of_top).squeeze(1), terms.addcmul_(self.q, mean, value=-1)
 
 
 class Settings(NamedTuple):
@@ -63,25 +75,22 @@ def forward_kl(pair: Pair, _: Settings) -> tuple[Tensor, Tensor]:
 def reverse_kl(pair: Pair, _: Settings) -> tuple[Tensor, Tensor]:
     """``sum q log(q/p)``, ``g = log(q/p)``."""
     excess = pair.excess(pair.half_tanh()).sum(1)
-    terms = times(pair.q, pair.log_ratio, out=pair.out)
-    mean, gradient = centred(terms, pair.q)
+    mean, gradient = pair.centred(pair.log_ratio)
     return excess - mean, gradient.neg_()
 
 
 def jeffreys(pair: Pair, _: Settings) -> tuple[Tensor, Tensor]:
     """``sum (p - q) log(p/q)``, ``g = -p/q + log(q/p)``."""
     excess = pair.excess(pair.half_tanh())
-    terms = times(pair.q, pair.log_ratio, out=pair.out)
-    _mean, gradient = centred(terms, pair.q)
-    values = times(excess, pair.log_ratio, out=pair.log_ratio).sum(1)
+    values = times(excess, pair.log_ratio, out=pair.spare).sum(1)
+    gradient = pair.centred(pair.log_ratio)[1]
     return values, gradient.add_(excess).neg_()
 
 
 def total_variation(pair: Pair, _: Settings) -> tuple[Tensor, Tensor]:
     """``1/2 sum abs(p - q)``, ``g = 1/2 sign(q - p)``."""
     values = pair.excess(pair.half_tanh()).abs_().sum(1)
-    terms = torch.sign(pair.log_ratio, out=pair.out).mul_(pair.q)
-    _mean, gradient = centred(terms, pair.q)
+    gradient = pair.centred(pair.log_ratio.sign_())[1]
     return values.mul_(0.5), gradient.mul_(-0.5)
 
 
@@ -89,12 +98,11 @@ def jsd(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
     """``b sum p log(p/m) + (1-b) sum q log(q/m)``, ``g = (1-b) log(q/m)``."""
     share = settings.teacher_share
     larger = _larger_over_mixture(pair, pair.half_tanh(), share)
-    above = torch.clamp(pair.log_ratio, min=0, out=pair.out)
-    of_student = times(pair.q, torch.sub(larger, above, out=above), out=above)
-    log_p = pair.log_ratio.clamp_(max=0).add_(larger)
+    log_p = torch.clamp(pair.log_ratio, max=0, out=pair.out).add_(larger)
     of_teacher = times(pair.p, log_p, out=log_p).sum(1)
-    mean, gradient = centred(of_student, pair.q)
-    return of_teacher * share + mean * (1 - share), gradient.mul_(1 - share)
+    above = pair.log_ratio.clamp_(min=0)
+    of_student, gradient = pair.centred(torch.sub(larger, above, out=above))
+    return of_teacher * share + of_student * (1 - share), gradient.mul_(1 - share)
 
 
 def skew_kl(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -103,11 +111,11 @@ def skew_kl(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
     half_tanh = pair.half_tanh()
     larger = _larger_over_mixture(pair, half_tanh, share)
     log_p = pair.log_ratio.clamp_(max=0).add_(larger)
-    terms = times(pair.p, log_p, out=log_p).sum(1)
-    excess = pair.excess(half_tanh).sum(1)
-    over_mixture = half_tanh.mul_(2).div_(pair.mixture)  # (p - q) / m
-    _mean, gradient = centred(over_mixture.mul_(pair.q), pair.q)
-    return terms - (1 - share) * excess, gradient.mul_(-((1 - share) ** 2))
+    terms = times(pair.p, log_p, out=pair.spare).sum(1)
+    values = terms - (1 - share) * pair.excess(half_tanh).sum(1)
+    # Not from the difference of p and m, which loses what is left of p where q is far above it.
+    gradient = pair.centred(log_p.exp_())[1]
+    return values, gradient.mul_(share - 1)
 
 
 def skew_reverse_kl(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -119,13 +127,13 @@ def skew_reverse_kl(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
     half_tanh = pair.half_tanh()
     larger = _larger_over_mixture(pair, half_tanh, share)
     above = pair.log_ratio.clamp_(min=0)
-    terms = times(pair.q, torch.sub(larger, above, out=above), out=above)
-    values = terms.sum(1) + share * pair.excess(half_tanh).sum(1)
+    log_q = torch.sub(larger, above, out=above)
+    terms = times(pair.q, log_q, out=pair.spare).sum(1)
+    values = terms + share * pair.excess(half_tanh).sum(1)
     if not settings.detach_mixture:
-        over_mixture = half_tanh.mul_(2).div_(pair.mixture)  # (p - q) / m
-        terms.add_(over_mixture.mul_(pair.q), alpha=share * (1 - share))
-    _mean, gradient = centred(terms, pair.q)
-    return values, pair.out.copy_(gradient)
+        over_mixture = half_tanh.mul_(2).div_(pair.mixture)  # (p - q) / m = (1 - q/m) / (1-a)
+        log_q.add_(over_mixture, alpha=share * (1 - share))
+    return values, pair.centred(log_q)[1]
 
 
 def advantage(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -133,7 +141,7 @@ def advantage(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
     advantages = pair.log_ratio
     if settings.lowest is not None or settings.highest is not None:
         advantages.clamp_(settings.lowest, settings.highest)
-    return centred(times(pair.q, advantages, out=pair.out), pair.q)
+    return pair.centred(advantages)
 
 
 KINDS: dict[str, Kind] = {
@@ -154,15 +162,11 @@ def times(weights: Tensor, logs: Tensor, out: Tensor) -> Tensor:
     return torch.mul(weights, logs, out=out).nan_to_num_(0, math.inf, -math.inf)
 
 
-def centred(terms: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """``E_q g`` (k,), and in place ``q (g - E_q g)``, from ``q g``."""
-    mean = terms.sum(1)
-    return mean, terms.addcmul_(q, mean.unsqueeze(1), value=-1)
-
-
 def _larger_over_mixture(pair: Pair, half_tanh: Tensor, share: float) -> Tensor:
     """``log(max(p, q) / m)`` in ``spare``, and the mixture in its place."""
-    tilt = 2 * share - 1
+    tilt, larger = 2 * share - 1, torch.abs(half_tanh, out=pair.spare)
+    if tilt == 0:
+        pair.mixture.fill_(1)
+        return larger.log1p_()
     mixture = torch.mul(half_tanh, tilt, out=pair.mixture).add_(1)
-    larger = torch.abs(half_tanh, out=pair.spare).sub_(half_tanh, alpha=tilt)
-    return larger.div_(mixture).log1p_()
+    return larger.sub_(half_tanh, alpha=tilt).div_(mixture).log1p_()

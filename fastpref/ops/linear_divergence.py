@@ -376,14 +376,11 @@ def _comparison(
     kind: str, settings: Settings, teacher: PreparedHead, reference: PreparedHead | None = None
 ) -> Comparison:
     """The operator's arguments about the teacher and the reference."""
-    given = (None, None, None) if reference is None else reference[:3]
-    transform = LogitTransform() if reference is None else reference.transform
+    hidden, weight, bias, transform = None, None, None, LogitTransform()
+    if reference is not None:
+        hidden, weight, bias, transform, _ = reference
     return Comparison(
-        *teacher[:3],
-        *given,
-        *teacher.transform,
-        transform.logit_scale,
-        transform.softcap,
-        kind,
-        *settings,
-    )
+        teacher.hidden, teacher.weight, teacher.bias, hidden, weight, bias, *teacher.transform,
+        transform.logit_scale, transform.softcap, kind,
+        settings.teacher_share, settings.detach_mixture, settings.lowest, settings.highest,
+    )  # fmt: skip
