@@ -22,6 +22,7 @@ from fastpref import Responses
 from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer
 from fastpref.losses import METHODS
 from fastpref.models import lm_head_of
+from fastpref.ops import tiling
 
 DATA = dataset(**signal("shaping"), **signal("reward"))
 VOCABULARY = len(TOKENIZER)
@@ -159,28 +160,30 @@ def test_bf16_and_checkpointing(tmp_path, method):
     assert found[0]["loss"] == pytest.approx(whole[0]["loss"], rel=0.1, abs=0.05)
 
 
-@pytest.mark.parametrize("method", ["tdpo", "dckd", "adpa", "wpo", "gkd"])
-def test_no_logits_exist(tmp_path, method):
-    """In a whole step, of no model."""
-    sizes = {"vocab_size": 150_000, "hidden_size": 4}
+@pytest.mark.parametrize("method", ["tdpo", "adpa"])
+def test_no_logits_exist(tmp_path, method, monkeypatch):
+    """In a whole step, of no model; blocks of two rows are as small as the batch is."""
+    sizes = {"vocab_size": 100_000, "hidden_size": 4}
+    row = 4 * sizes["vocab_size"]
+    monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", 4 * row)
     models = {
         name: student(seed=3, **sizes) if name.endswith("model") else one
         for name, one in models_for(method).items()
     }
     settings = {"per_device_train_batch_size": 8, "scratch_bytes": 0}
-    model = student(**sizes)
-    found = preference_trainer(tmp_path, method, model=model, settings=settings, **models)
+    found = preference_trainer(
+        tmp_path, method, model=student(**sizes), settings=settings, **models
+    )
     batch = batch_of(found)
-    tokens = int((labels_of(batch) != -100).sum())
-    head = 4 * sizes["vocab_size"] * sizes["hidden_size"]
 
     def step() -> None:
         found.compute_loss(found.model, dict(batch)).backward()
 
     step()
-    logits = 4 * tokens * sizes["vocab_size"]
-    print(method, peak_bytes_of(step) / 2**20, logits / 2**20, head / 2**20)
-    assert peak_bytes_of(step) < logits
+    logits = row * int((labels_of(batch) != -100).sum())
+    head = row * sizes["hidden_size"]
+    # Gradients of head and embedding, as they are computed and added up; blocks, and tiles.
+    assert peak_bytes_of(step) < 8 * head + 8 * row + 2 * 12 * 2**20 < logits
 
 
 METHODS_AND_SETTINGS = [

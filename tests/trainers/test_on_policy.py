@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_against_logits import assert_same_gradients, batch_of, naive_loss, preference_trainer
-from tiny_models import rows
+from tiny_models import conversation
 from training import TOKENIZER, dataset, history, models_for, student, trainer
 from transformers import GenerationConfig
 from trl import KTOConfig, KTOTrainer
@@ -16,10 +16,17 @@ from fastpref.integrations.trl import trainer as trainer_module
 from fastpref.integrations.trl.batches import mismatched, written_by
 
 END = TOKENIZER.eos_token_id
+WORDS = "what is the color of the sky when the sun goes down".split()
+PAIRS = [  # whose prompts have various lengths
+    conversation(" ".join(WORDS[: at + 1]), " ".join(WORDS[at:]), " ".join(WORDS[: 2 + at % 4]))
+    for at in range(8)
+]
+DATA = Dataset.from_list(PAIRS)
 
 
 def gkd(folder, **settings):
-    return preference_trainer(folder, "gkd", settings=settings, **models_for("gkd"))
+    options = {"settings": settings, "train_dataset": DATA, **models_for("gkd")}
+    return preference_trainer(folder, "gkd", **options)
 
 
 def prompts_of(batch):
@@ -134,13 +141,12 @@ def test_kto_follows_trls_own_trainer(tmp_path):
     found = trainer(
         PreferenceTrainer, PreferenceConfig, tmp_path, student(),
         settings={**settings, "method": "kto", "per_device_train_batch_size": 8},
-        **models_for("kto"),
+        train_dataset=DATA, **models_for("kto"),
     )  # fmt: skip
-    pairs = rows(8)
     single = [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
         for side in ("chosen", "rejected")
-        for pair in pairs
+        for pair in PAIRS
     ]
     theirs = trainer(
         KTOTrainer, KTOConfig, tmp_path, student(),
