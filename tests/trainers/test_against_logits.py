@@ -15,6 +15,7 @@ from training import (
     models_for,
     signal,
     student,
+    teacher,
     trainer,
 )
 
@@ -158,6 +159,24 @@ def test_bf16_and_checkpointing(tmp_path, method):
     found = history(preference_trainer(tmp_path, method, settings=settings, **models_for(method)))
     whole = history(preference_trainer(tmp_path, method, **models_for(method)))
     assert found[0]["loss"] == pytest.approx(whole[0]["loss"], rel=0.1, abs=0.05)
+
+
+def test_a_teacher_in_another_dtype(tmp_path):
+    models = models_for("dckd")
+    expected = history(preference_trainer(tmp_path, "dckd", **models))
+    models["teacher_model"] = teacher().bfloat16()
+    found = history(preference_trainer(tmp_path, "dckd", **models))
+    assert found[0]["divergence/chosen"] != expected[0]["divergence/chosen"]
+    assert found[0]["divergence/chosen"] == pytest.approx(expected[0]["divergence/chosen"], rel=0.1)
+
+
+def test_evaluation(tmp_path):
+    models = models_for("dckd")
+    found = preference_trainer(tmp_path, ["dckd", "dpkd"], eval_dataset=dataset(4), **models)
+    logged = found.evaluate()
+    assert {"eval_loss", "eval_loss/dckd", "eval_divergence/rejected"} <= set(logged)
+    whole = logged["eval_loss/dckd"] + logged["eval_loss/dpkd"]
+    assert logged["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["tdpo", "adpa"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from test_against_logits import assert_same_gradients, batch_of, naive_loss, preference_trainer
 from tiny_models import conversation
 from training import TOKENIZER, dataset, history, models_for, student, trainer
@@ -127,10 +128,12 @@ def test_sampling_is_that_of_the_model(tmp_path):
     assert len(lengths) > 1
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_trains(tmp_path, checkpointing):
-    settings = {"gradient_checkpointing": checkpointing, "max_new_tokens": 4, "bf16": True}
-    logged = history(gkd(tmp_path, lmbda=1.0, **settings))
+@pytest.mark.parametrize("adapter", [False, True])
+def test_trains(tmp_path, adapter):
+    settings = {"gradient_checkpointing": True, "max_new_tokens": 4, "bf16": True, "lmbda": 1.0}
+    lora = LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None
+    options = {"settings": settings, "peft_config": lora, **models_for("gkd")}
+    logged = history(preference_trainer(tmp_path, "gkd", **options))
     assert {"divergence/chosen", "logps/chosen", "logits/chosen"} <= set(logged[0])
     assert "logits/rejected" not in logged[0]
 

@@ -123,8 +123,9 @@ class ReadsModels(SavesRewardHead):
             ratios = self._logps_without_gradient(model, others)
             ratios = ratios - self._read_by_reference(reference, others)[0]
             total = metrics.summed(ratios)
-        total = self.accelerator.reduce(total, "sum")
-        return total[0] / total[1].clamp_min(1)
+        ratio, count = self.accelerator.reduce(total, "sum")
+        mean: Tensor = ratio / count.clamp_min(1)
+        return mean
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         ours = {"completion_mask", *REFERENCE.columns, *self.columns}
