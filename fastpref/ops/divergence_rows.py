@@ -118,7 +118,7 @@ class RowBlocks:
         self.dtype = statistics_dtype(student.hidden.dtype)
         count, self.vocab_size = student.shape()
         like, width = student.hidden.new_empty(0, dtype=self.dtype), padded(self.vocab_size)
-        self.numbers = RowNumbers(*like.new_zeros(len(RowNumbers._fields), count).unbind())
+        self.numbers = RowNumbers(*(like.new_zeros(count) for _ in RowNumbers._fields))
         self.step = rows_per_block(count, self.vocab_size, like)
         self.piece = min(self.step, rows_per_piece(self.vocab_size, like))
         self.tiles = like.new_empty(2, self.step * width).unbind()

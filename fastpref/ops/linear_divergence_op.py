@@ -192,11 +192,11 @@ linear_divergence_ops = register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     operands, more = Operands.split(inputs)
-    comparison, _ = Comparison.split(more)
+    comparison, (_, wants_stats, _) = Comparison.split(more)
     found = Found(*output)
     ctx.mark_non_differentiable(*found[3:])
     ctx.set_materialize_grads(False)
-    ctx.options = operands[4:], comparison[TEACHERS:]
+    ctx.options, ctx.stats = (operands[4:], comparison[TEACHERS:]), wants_stats
     ctx.save_for_backward(
         *operands[:4], *comparison[:TEACHERS], found.running, found.rows, found.n_rows,
         found.cache, found.jacobian, found.logps_jacobian,
@@ -210,10 +210,12 @@ def _backward(
     from_lse: Tensor | None,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
+    tensors, options = ctx.saved_tensors, ctx.options
+    if not ctx.stats:  # what was not wanted may have gradients without an element
+        from_logps = from_lse = None
     incoming = from_divergence, from_logps, from_lse
     if all(one is None for one in incoming):
         return (None,) * len(ctx.needs_input_grad)
-    tensors, options = ctx.saved_tensors, ctx.options
     operands = Operands(*tensors[:4], *options[0])
     teachers, (running, rows, n_rows, cache, *jacobians) = tensors[4:-6], tensors[-6:]
     left = *incoming, running, rows, n_rows

@@ -3,7 +3,7 @@ from __future__ import annotations
 import formulas
 import pytest
 import torch
-from cases import DTYPES, reference_logps, reference_logsumexp
+from cases import DTYPES, Case, reference_logps, reference_logsumexp
 from hypothesis import given
 from hypothesis import strategies as st
 from two_heads import EVERY, TwoHeads, hold, two_heads
@@ -244,16 +244,11 @@ def test_no_rows_at_all_and_all_ignored(trained, compact, name):
         hidden = torch.randn(count, 8, requires_grad=True)
         weight = torch.randn(5, 8, requires_grad=trained)
         model = torch.randn(count, 3), Head(torch.randn(5, 3))
-        case = TwoHeads(_case(hidden, weight, labels), model, model, None)
+        student = Case(hidden, Head(weight), labels, {"ignore_index": -100})
+        case = TwoHeads(student, model, model, None)
         found = case.run(name, linear_divergence_with_stats, compact=compact)
         for values in found:
             assert values.tolist() == [0] * count
         (found.divergence.sum() + found.logps.sum()).backward()
         assert (hidden.grad == 0).all()
         assert weight.grad is None or (weight.grad == 0).all()
-
-
-def _case(hidden, weight, labels, ignore_index=-100):
-    from cases import Case
-
-    return Case(hidden, Head(weight), labels, {"ignore_index": ignore_index})
