@@ -12,6 +12,8 @@ from test_against_logits import (
 )
 from training import dataset, history, models_for, student
 
+from fastpref.integrations.trl.batches import shifted_labels
+
 
 def models_of(*methods):
     return {name: one for method in methods for name, one in models_for(method).items()}
@@ -66,6 +68,18 @@ def test_tvkd_beside_cloning_and_distillation(tmp_path):
     assert len(found.readers) == 1
     logged = history(found)[0]
     assert {"shaping/chosen", "loss/tvkd", "loss/sft", "divergence/chosen"} <= set(logged)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_head_that_is_spread_over_processes_is_copied(tmp_path, spread):
+    """Since it is whole only while its model runs; any other is the model's own."""
+    found = preference_trainer(tmp_path, "dckd", **models_for("dckd"))
+    reader, batch = found.readers[0], batch_of(found)
+    reader.spread = spread
+    _, reading = reader(batch, shifted_labels(batch), 2)
+    weight = reader.model.lm_head.weight
+    assert reading.head.weight.equal(weight)
+    assert (reading.head.weight.data_ptr() == weight.data_ptr()) is not spread
 
 
 def test_models_run_once(tmp_path):

@@ -317,7 +317,8 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         in_every_step = [
             method
             for method in self.methods
-            if {"ref_logps", "divergences"} <= self.inputs(method) or self.reads("kl_log_ratios")
+            if {"ref_logps", "divergences"} <= self.inputs(method)
+            or "kl_log_ratios" in self.inputs(method)
         ]
         if in_every_step:
             reason = f"{in_every_step[0]!r} reads more of the reference than can be stored"

@@ -99,12 +99,7 @@ def load_frozen(argument: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{tokenizer_argument(argument)}: expected the tokenizer of "
+                f"{argument.split('_')[0]}_processing_class: expected the tokenizer of "
                 f"{argument}, got None, and none is found at {source!r}"
             ) from error
     return model, tokenizer
-
-
-def tokenizer_argument(argument: str) -> str:
-    """The trainer's argument that holds the tokenizer of a model; two teachers share theirs."""
-    return f"{argument.split('_')[0]}_processing_class"

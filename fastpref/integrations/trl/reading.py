@@ -42,10 +42,14 @@ class ReadsModels(SavesRewardHead):
         chosen, rejected = self._read_by_reference(model, inputs)[0].chunk(2)
         return chosen, rejected
 
+    def _reference(self) -> Any:
+        """The reference model, or the student, whose adapter is off as it reads."""
+        return self.model if self.ref_model is None else self.ref_model
+
     def _read_by_reference(
-        self, model: Any, inputs: dict[str, Any], sides: Sides | None = None
+        self, model: Any, inputs: dict[str, Any], *, keep_states: bool = False
     ) -> tuple[Tensor, Reading | None]:
-        """The reference's (S,) log-probabilities of responses, and the states that are read."""
+        """The reference's (S,) log-probabilities of responses, and its states if they are kept."""
         student = self.accelerator.unwrap_model(self.model)
         take_over_head(self.accelerator.unwrap_model(model))
         adapter: AbstractContextManager[None] = nullcontext()
@@ -56,7 +60,7 @@ class ReadsModels(SavesRewardHead):
         spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
 
         def keep(states: Tensor, head: Head) -> None:
-            if sides:
+            if keep_states:
                 kept.append(kept_reading(states, head, BOTH, spread))
 
         with adapter:
@@ -102,10 +106,11 @@ class ReadsModels(SavesRewardHead):
         if self.precompute_ref_logps:
             signals["ref_logps"] = REFERENCE.of_batch(inputs)
         elif self.args.has_reference():
-            compared = [one for one in self.comparisons if "ref_model" in one.models]
-            reference = self.model if self.ref_model is None else self.ref_model
-            sides = self.comparisons[compared[0]] if compared else None
-            signals["ref_logps"], reading = self._read_by_reference(reference, inputs, sides)
+            compared = any("ref_model" in one.models for one in self.comparisons)
+            logps, reading = self._read_by_reference(
+                self._reference(), inputs, keep_states=compared
+            )
+            signals["ref_logps"] = logps
             if reading is not None:
                 readings["ref_model"] = reading
         if self.args.reads("desirable"):
@@ -119,9 +124,8 @@ class ReadsModels(SavesRewardHead):
         total = torch.zeros(2, device=inputs["input_ids"].device)
         if pairs > 1:  # the two responses of one pair have the same prompt
             others = mismatched(inputs, self.args.max_length)
-            reference = self.model if self.ref_model is None else self.ref_model
             ratios = self._logps_without_gradient(model, others)
-            ratios = ratios - self._read_by_reference(reference, others)[0]
+            ratios = ratios - self._read_by_reference(self._reference(), others)[0]
             total = metrics.summed(ratios)
         ratio, count = self.accelerator.reduce(total, "sum")
         mean: Tensor = ratio / count.clamp_min(1)
