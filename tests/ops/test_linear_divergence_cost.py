@@ -93,24 +93,26 @@ def test_ignored_rows_cost_nothing():
     assert flops_of(step(ignored=ROWS // 2)) == (T + 2 * S) / 2
 
 
-@pytest.mark.parametrize("ignored", [0, 8])
+@pytest.mark.parametrize("ignored", [0, 16])
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "advantage"])
+@pytest.mark.parametrize("name", ["jsd", "advantage"])
 def test_memory_is_two_blocks_and_flat(name, trained, ignored, monkeypatch):
-    block = 2 * 16 * 4 * VOCAB  # of two heads and 16 rows
-    monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", block)
-    monkeypatch.setattr(tiling, "CPU_PIECE_BYTES", 4 * VOCAB)
-    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 2**15)
+    block, piece, tile = 2 * 16 * 4 * VOCAB, 4 * 4 * VOCAB, 2**17
+    monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", block)  # of two heads and 16 rows
+    monkeypatch.setattr(tiling, "CPU_PIECE_BYTES", piece)
+    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", tile)
 
     def beyond_gradients(rows: int) -> int:
         gradients = 4 * WIDTH * (rows + (2 * VOCAB if trained else 0))
         run = step(name, rows, trained=trained, ignored=ignored)
         return peak_bytes_of(run) - gradients
 
-    small, large = beyond_gradients(ROWS), beyond_gradients(4 * ROWS)
-    assert large < 1.1 * block + 6 * 4 * VOCAB + (2**15 if trained else 0) + large - small
+    small, large = beyond_gradients(ROWS // 2), beyond_gradients(2 * ROWS)
+    growth = large - small
+    # Four pieces, and a few numbers a token beside.
+    assert large < block + 5 * piece + (tile if trained else 0) + growth
     # What grows are a few numbers a row and a few copies of the hidden states.
-    assert large - small < 3 * ROWS * 4 * (6 * WIDTH + TEACHER_WIDTH + 32)
+    assert growth < 1.5 * ROWS * 4 * (6 * WIDTH + TEACHER_WIDTH + 32)
 
 
 def test_the_cache_stays_within_its_budget(monkeypatch):
