@@ -74,6 +74,42 @@ class Coefficients(NamedTuple):
         return out.scatter_add_(1, column, at_label)
 
 
+class Totals(NamedTuple):
+    """Sums of products, in the dtype of statistics; None where no gradient is wanted."""
+
+    hidden: Tensor | None  # (n, H)
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+
+    def add(
+        self,
+        student: Logits,
+        hidden: Tensor,  # (n, H) of all rows, in the dtype of products
+        coefficients: Coefficients,
+        group: slice,  # of rows, the first of which overwrite what is here
+        read: KeptRows,  # of these rows
+    ) -> None:
+        """Add what some rows contribute: a matrix product each."""
+        like, (vocab_size, width) = coefficients.of_gradient, student.weight.shape
+        grid = grid_by_columns(group.stop - group.start, width, vocab_size, like)
+        buffer = grid.tile_buffer(like)
+        for columns, block in product(grid.column_blocks(), grid.row_blocks()):
+            rows = slice(group.start + block.start, group.start + block.stop)
+            tile = coefficients.gradient(
+                rows, columns, read.of_rows(block), student.labels_of(rows),
+                carve(buffer, block.stop - block.start, columns.stop - columns.start),
+            )  # fmt: skip
+            operand = tile.to(hidden.dtype)
+            if self.hidden is not None:
+                weight = student.weight[columns]
+                multiply(operand, weight, self.hidden[rows], add=columns.start > 0)
+            if self.weight is not None:
+                multiply(operand.T, hidden[rows], self.weight[columns], add=rows.start > 0)
+            if self.bias is not None:
+                total, summed = self.bias[columns], tile.sum(0)
+                total.add_(summed) if rows.start > 0 else total.copy_(summed)
+
+
 def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not wanted."""
     operands, more = Operands.split(arguments)
@@ -90,31 +126,16 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     count, like = student.shape()[0], coefficients.of_gradient
     kept = KeptRows.of(cache, student, probabilities=running.numel() > 0)
     hidden, (vocab_size, width) = student.hidden_of(slice(0, count)), operands.weight.shape
-    hidden_total = like.new_empty(count, width) if wants_hidden else None
-    weight_total = like.new_empty(vocab_size, width) if wants_weight else None
-    bias_total = like.new_empty(vocab_size) if wants_bias else None
+    totals = Totals(
+        like.new_empty(count, width) if wants_hidden else None,
+        like.new_empty(vocab_size, width) if wants_weight else None,
+        like.new_empty(vocab_size) if wants_bias else None,
+    )
     for group, read in _groups(student, comparison, kept, coefficients):
-        grid = grid_by_columns(group.stop - group.start, width, vocab_size, like)
-        buffer = grid.tile_buffer(like)
-        for columns, block in product(grid.column_blocks(), grid.row_blocks()):
-            rows_of_tile = slice(group.start + block.start, group.start + block.stop)
-            tile = coefficients.gradient(
-                rows_of_tile, columns, read.of_rows(block), student.labels_of(rows_of_tile),
-                carve(buffer, block.stop - block.start, columns.stop - columns.start),
-            )  # fmt: skip
-            operand = tile.to(hidden.dtype)
-            if hidden_total is not None:
-                total = hidden_total[rows_of_tile]
-                multiply(operand, student.weight[columns], total, add=columns.start > 0)
-            later = rows_of_tile.start > 0
-            if weight_total is not None:
-                multiply(operand.T, hidden[rows_of_tile], weight_total[columns], add=later)
-            if bias_total is not None:
-                total, summed = bias_total[columns], tile.sum(0)
-                total.add_(summed) if later else total.copy_(summed)
-    if hidden_total is not None:
-        hidden_total = spread(hidden_total.to(operands.hidden.dtype), rows, len(operands.hidden))
-    totals = hidden_total, weight_total, bias_total
+        totals.add(student, hidden, coefficients, group, read)
+    if totals.hidden is not None:
+        hidden = totals.hidden.to(operands.hidden.dtype)
+        totals = totals._replace(hidden=spread(hidden, rows, len(operands.hidden)))
     return tuple(
         nothing if total is None else total.to(nothing.dtype)
         for total, nothing in zip(totals, _gradients(*arguments[:-3], *[False] * 3), strict=True)
