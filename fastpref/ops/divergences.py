@@ -65,9 +65,8 @@ Kind = Callable[[Pair, Settings], tuple[Tensor, Tensor]]
 
 def forward_kl(pair: Pair, _: Settings) -> tuple[Tensor, Tensor]:
     """``sum p log(p/q)``, ``g = -p/q``: the gradient is ``q - p``."""
-    gradient = pair.half_tanh()
-    sums = torch.add(pair.p, pair.q, out=pair.spare)
-    gradient.mul_(sums).neg_()
+    gradient = torch.mul(pair.log_ratio, -0.5, out=pair.out).tanh_()
+    gradient.mul_(torch.add(pair.p, pair.q, out=pair.spare))
     terms = times(pair.p, pair.log_ratio, out=pair.p)
     return terms.add_(gradient).sum(1), gradient
 
@@ -131,7 +130,9 @@ def skew_reverse_kl(pair: Pair, settings: Settings) -> tuple[Tensor, Tensor]:
     terms = times(pair.q, log_q, out=pair.spare).sum(1)
     values = terms + share * pair.excess(half_tanh).sum(1)
     if not settings.detach_mixture:
-        over_mixture = half_tanh.mul_(2).div_(pair.mixture)  # (p - q) / m = (1 - q/m) / (1-a)
+        over_mixture = half_tanh.mul_(2)  # (p - q) / m = (1 - q/m) / (1-a)
+        if share != 0.5:
+            over_mixture.div_(pair.mixture)
         log_q.add_(over_mixture, alpha=share * (1 - share))
     return values, pair.centred(log_q)[1]
 
@@ -163,10 +164,9 @@ def times(weights: Tensor, logs: Tensor, out: Tensor) -> Tensor:
 
 
 def _larger_over_mixture(pair: Pair, half_tanh: Tensor, share: float) -> Tensor:
-    """``log(max(p, q) / m)`` in ``spare``, and the mixture in its place."""
+    """``log(max(p, q) / m)`` in ``spare``; with another share than a half, the mixture in place."""
     tilt, larger = 2 * share - 1, torch.abs(half_tanh, out=pair.spare)
     if tilt == 0:
-        pair.mixture.fill_(1)
         return larger.log1p_()
     mixture = torch.mul(half_tanh, tilt, out=pair.mixture).add_(1)
     return larger.sub_(half_tanh, alpha=tilt).div_(mixture).log1p_()

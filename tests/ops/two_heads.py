@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jsd, uneven": {"beta": 0.1},
     "skew_kl": {"alpha": 0.1},
     "skew_reverse_kl": {"alpha": 0.1},
+    "skew_reverse_kl, even": {"alpha": 0.5},
     "skew_reverse_kl, detached": {"alpha": 0.3, "detach_mixture": True},
     "advantage, clipped": {"clip": (-1.0, 0.5)},
     "advantage, clipped above": {"clip": (None, 1.0)},
