@@ -1,4 +1,4 @@
-"""Fused losses for preference distillation: TVKD and DRDO without the logits."""
+"""Fused losses for preference distillation: TVKD, DRDO and their kin without the logits."""
 
 from fastpref import losses
 from fastpref.data import collate_pairs
@@ -6,6 +6,8 @@ from fastpref.linear_losses import drdo_loss, tvkd_loss
 from fastpref.losses.pairs import LossOutput
 from fastpref.ops import (
     Head,
+    linear_divergence,
+    linear_divergence_with_stats,
     linear_logps,
     linear_logps_with_stats,
     linear_logsumexp,
@@ -23,6 +25,8 @@ __all__ = [
     "Responses",
     "collate_pairs",
     "drdo_loss",
+    "linear_divergence",
+    "linear_divergence_with_stats",
     "linear_logps",
     "linear_logps_with_stats",
     "linear_logsumexp",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpref.checks import check_labels, check_shape, refuse
 from fastpref.ops.head import Head, prepare_head
-from fastpref.ops.linear_stats_op import Partial, linear_stats_ops
+from fastpref.ops.linear_stats_op import Partial, Sums, linear_stats_ops
 from fastpref.ops.operands import Operands
 
 Statistic = Literal[
@@ -119,18 +119,23 @@ def linear_stats(
     rows, weight, bias, transform, shard = prepare_head(
         hidden, head, temperature, ignore_index, compact
     )
-    if shard is not None:
-        refuse("head", "one that is not sharded over the vocabulary", "one that is")
     _refuse_gradients(rows, weight, bias)
 
     flat = None if labels is None else labels.reshape(-1)
     operands = Operands(rows, weight, bias, flat, *transform, ignore_index, compact)
-    numbers, target_logit = linear_stats_ops.of(operands)(
-        *operands,
-        "margin" in stats,
-        "expected_logit" in stats or "entropy" in stats,
-        "log_sum_squared_probs" in stats,
+    sums = Sums(
+        second="margin" in stats,
+        shortfall="expected_logit" in stats or "entropy" in stats,
+        squares="log_sum_squared_probs" in stats,
     )
+    if shard is None:
+        vocab_size = weight.shape[0]
+        numbers, target_logit = linear_stats_ops.of(operands)(*operands, *sums)
+    else:
+        from fastpref.parallel.vocab_shard import sharded_stats
+
+        vocab_size = shard.total
+        numbers, target_logit = sharded_stats(operands, shard, sums)
     partial = Partial(*numbers.unbind(1))
     others = partial.others.masked_fill(partial.maximum == -torch.inf, torch.nan)
     row = _Row(partial, others, target_logit, transform.temperature)
@@ -138,7 +143,7 @@ def linear_stats(
     if labels is None:
         return found
     ignored = labels == ignore_index
-    outside = ~ignored & ((labels < 0) | (labels >= weight.shape[0]))
+    outside = ~ignored & ((labels < 0) | (labels >= vocab_size))
     return {
         name: _mask(values, ignored, None if compact else outside) for name, values in found.items()
     }

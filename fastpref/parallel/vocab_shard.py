@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fastpref.checks import check_floating, refuse
 from fastpref.ops.linear_logps_op import Found, linear_logps_backward_ops, linear_logps_ops
+from fastpref.ops.linear_stats_op import Partial, Sums, linear_stats_ops, merge
 from fastpref.ops.operands import NO_LABEL, Operands, labelled_rows, spread, take
 from fastpref.ops.running import Running, joined, joined_stats
 
@@ -58,25 +59,63 @@ def sharded_logps(
 
     What is not wanted is as `linear_logps_op.Found` has it.
     """
-    hidden, labels, ignore_index = operands.hidden, operands.labels, operands.ignore_index
-    within = operands._replace(ignore_index=IGNORED, compact=False)
-    if labels is None:
-        return _apply(*within, shard, stats, scratch_bytes)
-    count, rows = hidden.shape[0], None
-    if operands.compact:  # what no label needs is not sent either
-        rows = labelled_rows(labels, shard.total, ignore_index)
-        hidden, labels = take(hidden, rows), take(labels, rows)
-    ignored = labels == ignore_index
-    own = (labels >= shard.start) & (labels < shard.start + operands.weight.shape[0])
-    local = torch.where(own, labels - shard.start, NO_LABEL).masked_fill(ignored, IGNORED)
-    within = within._replace(hidden=hidden, labels=local)
+    within, rows = _within(operands, shard)
     logps, lse, numbers = _apply(*within, shard, stats, scratch_bytes)
+    if operands.labels is None:
+        return logps, lse, numbers
     if not operands.compact:
-        outside = ~ignored & ((labels < 0) | (labels >= shard.total))
+        ignored, outside = _left_out(operands, shard)
         logps = logps.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
         lse = lse.masked_fill(ignored, 0)
         numbers = numbers.masked_fill(outside.unsqueeze(1), torch.nan)
+    count = operands.hidden.shape[0]
     return spread(logps, rows, count), spread(lse, rows, count), spread(numbers, rows, count)
+
+
+def sharded_stats(operands: Operands, shard: VocabShard, sums: Sums) -> tuple[Tensor, Tensor]:
+    """The numbers (N, 5) of a `Partial` and the labels' logits (N,), as of the whole vocabulary.
+
+    Without ``labels`` there are no labels' logits: (0,).
+    """
+    within, rows = _within(operands, shard)
+    numbers, target_logit = linear_stats_ops.of(within)(*within, *sums)
+    if within.labels is not None:
+        at_label = target_logit.masked_fill(within.labels < 0, -torch.inf)
+        numbers = torch.cat((numbers, at_label.unsqueeze(1)), dim=1)
+    every, count = _gathered(numbers.T.contiguous(), shard.group), operands.hidden.shape[0]
+    *parts, at_label = (*every.unbind(1), target_logit)[: len(Partial._fields) + 1]
+    whole = torch.stack(merge(Partial(*parts)), dim=1)
+    if operands.labels is None:
+        return whole, target_logit
+    target_logit = at_label.amax(0)
+    if not operands.compact:
+        target_logit = target_logit.masked_fill(_left_out(operands, shard)[1], torch.nan)
+    return spread(whole, rows, count), spread(target_logit, rows, count)
+
+
+def _within(operands: Operands, shard: VocabShard) -> tuple[Operands, Tensor | None]:
+    """The operands as this process's part of the vocabulary has them, and which rows they are.
+
+    What no label needs is not sent between processes either, with ``compact``.
+    """
+    hidden, labels, rows = operands.hidden, operands.labels, None
+    within = operands._replace(ignore_index=IGNORED, compact=False)
+    if labels is None:
+        return within, None
+    if operands.compact:
+        rows = labelled_rows(labels, shard.total, operands.ignore_index)
+        hidden, labels = take(hidden, rows), take(labels, rows)
+    ignored = labels == operands.ignore_index
+    own = (labels >= shard.start) & (labels < shard.start + operands.weight.shape[0])
+    local = torch.where(own, labels - shard.start, NO_LABEL).masked_fill(ignored, IGNORED)
+    return within._replace(hidden=hidden, labels=local), rows
+
+
+def _left_out(operands: Operands, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Which labels (N,) are ignored, and which of the others no process has."""
+    assert operands.labels is not None
+    ignored = operands.labels == operands.ignore_index
+    return ignored, ~ignored & ((operands.labels < 0) | (operands.labels >= shard.total))
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +171,13 @@ def _of_every_shard(
     own = torch.cat((found.running, found.stats.T))
     if labels is not None:
         own[2].masked_fill_(labels < 0, -torch.inf)
+    every = _gathered(own, group)
+    return every[:, :3], every[:, 3:].transpose(1, 2)
+
+
+def _gathered(own: Tensor, group: ProcessGroup) -> Tensor:
+    """The tensors of all processes, of one shape and contiguous, in the order of their ranks."""
     every = own.new_empty(dist.get_world_size(group), *own.shape)
     if own.numel():
         dist.all_gather(list(every.unbind(0)), own, group=group)
-    return every[:, :3], every[:, 3:].transpose(1, 2)
+    return every

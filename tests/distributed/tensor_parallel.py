@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 import fastpref
 from fastpref import Head
 from fastpref.models.fused_head import add_fused_head
+from fastpref.ops.linear_stats import FORMULAS, OF_LABELS
 
 WIDTH = 6
 ROWS = (slice(0, 9), slice(9, None))  # of the head, on each process
@@ -225,6 +226,47 @@ def check_stats(rank, mesh):
     assert found.entropy.isnan().all() and not found.is_top1.any()
 
 
+@torch.no_grad()
+def check_every_statistic(rank, mesh):
+    """`linear_stats` of the whole vocabulary, with labels and without, of all rows and of some."""
+    for name, options in OPTIONS.items():
+        for has_labels in (True, False):
+            ignored = options.get("ignore_index", -100)
+            hidden, weight, bias, labels, _ = tensors(
+                17, trains=False, has_bias=True, ignored=ignored
+            )
+            if name == "offset":
+                bias += 100
+            if name == "plain":
+                bias[9:] = -torch.inf
+                labels = labels.clamp_max(8)
+            names = [one for one in FORMULAS if has_labels or one not in OF_LABELS]
+            arguments = dict(options, stats=names)
+            arguments.pop("scratch_bytes", None)
+            of_head = {
+                one: arguments.pop(one) for one in ("logit_scale", "softcap") if one in arguments
+            }
+            if has_labels:
+                arguments["labels"] = labels
+            plain = fastpref.linear_stats(hidden, Head(weight, bias, **of_head), **arguments)
+            wide = Head(weight.double(), bias.double(), **of_head)
+            exact = fastpref.linear_stats(hidden.double(), wide, **arguments)
+            sharded = (distribute_tensor(one, mesh, [Shard(0)]) for one in (weight, bias))
+            own = Head(weight[ROWS[rank]], bias[ROWS[rank]], group=dist.group.WORLD)
+            for head in (Head(*sharded), own):
+                found = fastpref.linear_stats(hidden, head._replace(**of_head), **arguments)
+                assert list(found) == names
+                for one in names:
+                    if found[one].dtype == torch.bool:
+                        assert torch.equal(found[one], exact[one])
+                    else:
+                        assert_no_worse(found[one], plain[one], exact[one], torch.float32)
+    wrong = {"labels": labels + 17, "stats": ["target_logp", "is_top1", "entropy"]}
+    found = fastpref.linear_stats(hidden, own, **wrong, compact=False)
+    assert found["target_logp"].isnan().all() and not found["is_top1"].any()
+    refused("in [0, 17)", lambda: fastpref.linear_stats(hidden, own, **wrong))
+
+
 def check_refusals(mesh, unnamed):
     hidden, weight, bias, labels, _ = tensors(17, trains=False, has_bias=True)
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
@@ -243,7 +285,8 @@ def check_refusals(mesh, unnamed):
         refused(words, lambda arguments=arguments: fastpref.linear_logps(*arguments))
     with torch.no_grad():
         stats = {"stats": ["entropy"]}
-        refused("head: expected", lambda: fastpref.linear_stats(hidden, sharded, **stats))
+        both = (hidden, sharded, hidden, weight, labels)
+        refused("head: expected", lambda: fastpref.linear_divergence(*both, kind="jsd"))
         gathered = distribute_tensor(weight, unnamed, [Shard(0)])
         found = fastpref.linear_stats(hidden, gathered, **stats)["entropy"]
         assert torch.equal(found, fastpref.linear_stats(hidden, weight, **stats)["entropy"])
@@ -297,5 +340,6 @@ with processes() as (rank, world):
     check_traffic(mesh)
     check_masked_shard(mesh)
     check_stats(rank, mesh)
+    check_every_statistic(rank, mesh)
     check_refusals(mesh, unnamed)
     check_transformers(Path(sys.argv[1]), rank)

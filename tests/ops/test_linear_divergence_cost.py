@@ -107,12 +107,12 @@ def test_memory_is_two_blocks_and_flat(name, trained, ignored, monkeypatch):
         run = step(name, rows, trained=trained, ignored=ignored)
         return peak_bytes_of(run) - gradients
 
-    small, large = beyond_gradients(ROWS // 2), beyond_gradients(2 * ROWS)
+    small, large = beyond_gradients(ROWS), beyond_gradients(2 * ROWS)
     growth = large - small
     # Four pieces, and a few numbers a token beside.
     assert large < block + 5 * piece + (tile if trained else 0) + growth
     # What grows are a few numbers a row and a few copies of the hidden states.
-    assert growth < 1.5 * ROWS * 4 * (6 * WIDTH + TEACHER_WIDTH + 32)
+    assert growth < ROWS * 4 * (6 * WIDTH + TEACHER_WIDTH + 32)
 
 
 def test_the_cache_stays_within_its_budget(monkeypatch):

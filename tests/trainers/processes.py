@@ -10,9 +10,16 @@ import torch.distributed
 from accelerate import PartialState
 from peft import LoraConfig
 from tiny_models import tiny_model
-from training import TOKENIZER, dataset, history, signal, student, trainer
+from training import TOKENIZER, dataset, history, models_for, signal, student, trainer
 
-from fastpref.integrations.trl import DRDOConfig, DRDOTrainer, TVKDConfig, TVKDTrainer
+from fastpref.integrations.trl import (
+    DRDOConfig,
+    DRDOTrainer,
+    PreferenceConfig,
+    PreferenceTrainer,
+    TVKDConfig,
+    TVKDTrainer,
+)
 from fastpref.models.reward_head import add_reward_head
 
 PAIRS_A_STEP = 4
@@ -46,10 +53,19 @@ def drdo(folder: Path, **settings):
     )  # fmt: skip
 
 
+def tdpo_and_dpkd(folder: Path, **settings):
+    """The student beside a reference and a teacher; both losses are means over pairs."""
+    return trainer(
+        PreferenceTrainer, PreferenceConfig, folder, student(),
+        settings={"method": ["tdpo", "dpkd"], "method_weights": [1.0, 0.5], **settings},
+        **models_for("tdpo"), **models_for("dpkd"),
+    )  # fmt: skip
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
-    for make in (tvkd, tvkd_with_lora, drdo):
+    for make in (tvkd, tvkd_with_lora, drdo, tdpo_and_dpkd):
         for steps in (1, 2):  # of gradient accumulation
             size = PAIRS_A_STEP // state.num_processes // steps
             found = make(

@@ -106,7 +106,7 @@ def test_both_stages(tmp_path):
     assert margin == pytest.approx((chosen - rejected).mean().item(), rel=1e-4)
     logged = history(second)
     assert {"loss/reward", "loss/preference", "rewards/oracle_margin"} <= set(logged[0])
-    frozen = second.signals["oracle_rewards"].read.model
+    frozen = second.readers[0].model
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
@@ -132,7 +132,7 @@ def test_columns_are_as_good_as_the_oracle(tmp_path):
     loader = along.get_train_dataloader()
     batch = along._prepare_inputs(next(iter(loader)))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
-    rewards = along.signals["oracle_rewards"].of_batch(batch, labels)
+    rewards = along.readers[0](batch, labels, 8)[0]["oracle_rewards"]
     order = {tuple(ids): at for at, ids in enumerate(along.train_dataset["chosen_ids"][:])}
     lengths = batch["completion_mask"].sum(1)
     columns = {name: [0.0] * 8 for name in ("chosen_reward", "rejected_reward")}

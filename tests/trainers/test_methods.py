@@ -12,7 +12,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from training import SETTINGS, TOKENIZER, dataset, history, signal, student, trainer
+from training import SETTINGS, TOKENIZER, dataset, history, models_for, signal, student, trainer
 from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig
 
@@ -23,7 +23,7 @@ from fastpref.integrations.trl import (
     TVKDConfig,
     TVKDTrainer,
 )
-from fastpref.integrations.trl.config import GIVEN, inputs_of
+from fastpref.integrations.trl.config import GIVEN
 from fastpref.losses import METHODS
 from fastpref.models.reward_head import has_reward_head
 
@@ -37,7 +37,6 @@ OPTIONS = {
     ]
     for name, loss in METHODS.items()
 }
-TRAINED = [name for name in METHODS if set(inputs_of(name)) <= set(GIVEN)]
 
 
 @functools.cache
@@ -52,15 +51,15 @@ def config(method, **settings):
     return PreferenceConfig("unused", **SETTINGS | {"method": method} | settings)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", METHODS)
 def test_trains(tmp_path, method):
-    ref_model = student(seed=5) if config(method).has_reference() else None
     found = trainer(
         PreferenceTrainer, PreferenceConfig, tmp_path, student(), train_dataset=DATA,
-        ref_model=ref_model, settings={"method": method, "max_steps": 1},
+        settings={"method": method, "max_steps": 3}, **models_for(method),
     )  # fmt: skip
     before = [parameter.clone() for parameter in found.model.parameters()]
     logged = history(found)[0]
+    assert found.state.global_step == 3
     assert {"logps/chosen", "entropy", "mean_token_accuracy"} <= set(logged)
     has_rewards = "chosen_rewards" in get_type_hints(METHODS[method])["return"]._fields
     assert ("rewards/margins" in logged) == has_rewards
@@ -79,7 +78,7 @@ def test_refuses_a_method_that_reads_what_no_trainer_gives(monkeypatch):
         config("edpo")
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", METHODS)
 def test_options_are_the_losses_own(method):
     args, parameters = config(method), inspect.signature(METHODS[method]).parameters
     for name in OPTIONS[method]:
@@ -128,12 +127,46 @@ def test_help_of_what_signals_need():
         ({"method": "ipo", "reference_free": True}, "reference_free: expected None, since"),
         ({"method": "drdo", "potential": "max"}, "potential: expected None, since"),
         ({"method": "best"}, "method: expected .*'dpo' or 'ipo' or"),
+        ({"method": []}, "method: expected a method, or several"),
+        ({"method": ["dpo", "dpo"]}, "method: expected .* each of them once, got .'dpo', 'dpo'."),
+        ({"method": ["dpo", "best"]}, "method: expected .*, got 'best'"),
+        ({"method": ["dpo", "sft"], "method_weights": [1.0]}, "method_weights: expected 2 numbers"),
+        ({"method": ["dpo", "sft"], "method_weights": [1.0, -1.0]}, "method_weights: .* at least"),
+        ({"method": ["dpo", "sft"], "gamma": 1.0}, "gamma: expected None, since method .'dpo', 's"),
+        ({"method": ["dpo", "sft"], "beta": -1.0}, "beta: expected a finite number above 0"),
+        ({"method": ["sft", "gkd"]}, "lmbda: expected 0 beside other losses, .*, got 0.5"),
+        ({"method": "gkd", "lmbda": 1.5}, "lmbda: expected a finite number .* at most 1"),
+        ({"method": "gkd", "max_new_tokens": 0}, "max_new_tokens: expected .* at least 1"),
+        ({"method": "gkd", "max_new_tokens": 2.5}, "max_new_tokens: expected a whole number"),
+        ({"method": "gkd", "divergence": "kl"}, "divergence: expected 'jsd' or 'forward_kl' or"),
+        ({"method": "gkd", "jsd_beta": 1.0}, "jsd_beta: expected a number above 0 and below 1"),
+        ({"method": "gkd", "skew_alpha": 0.0}, "skew_alpha: expected a finite number above 0"),
+        ({"method": "vanilla_kd", "lmbda": 0.5}, "lmbda: expected None, since method 'vanilla_kd'"),
+        ({"method": "adpa", "advantage_clip": [1.0]}, "advantage_clip: expected two numbers"),
+        ({"method": "adpa", "advantage_clip": [1.0, 0.0]}, "advantage_clip: .* the least before"),
+        ({"method": "kto", "per_device_train_batch_size": 1}, "per_device_train_batch_size: .* 2"),
+        ({"method": "kto", "precompute_ref_log_probs": True}, "precompute_ref_log_probs: .*'kto'"),
+        ({"method": "tdpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs: .*'tdpo"),
         ({"method": "dpo", "loss_type": ["ipo"]}, "loss_type: expected .'sigmoid'., since"),
     ],
 )
 def test_refused_at_construction(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_options_of_several_methods():
+    """Each has its own default, where they differ and nobody said otherwise."""
+    args = config(["dpo", "wpo", "tvkd"], label_smoothing=0.2)
+    assert (args.beta, args.length_normalize, args.reference_free) == (None, False, True)
+    betas = [args.options(method)["beta"] for method in args.methods]
+    assert betas == [0.1, 0.01, 0.1]
+    assert all(args.options(method)["label_smoothing"] == 0.2 for method in args.methods)
+    assert all(config(["dpo", "wpo"], beta=0.5).options(one)["beta"] == 0.5 for one in args.methods)
+    # The reference is DPO's; TVKD's own is optional, and there is none.
+    assert args.has_reference() and "ref_logps" not in args.inputs("tvkd")
+    assert "ref_logps" in config(["dpo", "tvkd"], reference_free=False).inputs("tvkd")
+    assert config(["dpo"]).method == "dpo"
 
 
 def test_no_signal_left_is_meant_with_a_discount_or_another_form():
@@ -147,7 +180,9 @@ def test_saved_arguments_are_loaded_again(tmp_path):
         loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
         for field in dataclasses.fields(args):
             assert getattr(loaded, field.name) == getattr(args, field.name), field.name
-        assert (loaded.method, loaded.options()) == (args.method, args.options())
+        assert loaded.methods == args.methods and loaded.options(args.method) == args.options(
+            args.method
+        )
     again = dataclasses.replace(TVKDConfig("x", beta=0.02, **SETTINGS), alpha=0.5)
     assert (again.beta, again.alpha, again.method) == (0.02, 0.5, "tvkd")
 

@@ -31,7 +31,7 @@ def test_two_processes_train_as_one(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     processes.main(tmp_path)
-    for make in ("tvkd", "tvkd_with_lora", "drdo"):
+    for make in ("tvkd", "tvkd_with_lora", "drdo", "tdpo_and_dpkd"):
         for steps in (1, 2):
             logged, parameters = torch.load(tmp_path / f"{make}-{steps}-2.pt")
             expected, others = torch.load(tmp_path / f"{make}-{steps}-1.pt")

@@ -15,6 +15,8 @@ from fastpref.integrations.trl import (
     DRDOTrainer,
     OracleConfig,
     OracleTrainer,
+    PreferenceConfig,
+    PreferenceTrainer,
     TVKDConfig,
     TVKDTrainer,
 )
@@ -23,6 +25,7 @@ from fastpref.models.reward_head import add_reward_head
 SHAPED = {"train_dataset": dataset(**signal("shaping"))}
 REWARDED = {"train_dataset": dataset(**signal("reward"))}
 OTHER = tiny_tokenizer(60)
+LOGPS = {"teacher_chosen_logps": numbers(1), "teacher_rejected_logps": numbers(2)}
 
 
 def tvkd(folder, **options):
@@ -35,6 +38,15 @@ def drdo(folder, **options):
 
 def oracle(folder, **options):
     return trainer(OracleTrainer, OracleConfig, folder, student(), **options)
+
+
+def method(name):
+    def make(folder, **options):
+        settings = {"method": name}
+        classes = PreferenceTrainer, PreferenceConfig
+        return trainer(*classes, folder, student(), settings=settings, **options)
+
+    return make
 
 
 def teacher(tokenizer=TOKENIZER):
@@ -64,6 +76,18 @@ def with_reward_head(tokenizer=TOKENIZER):
         (drdo, with_reward_head(OTHER), "oracle_model: expected the student's vocabulary"),
         (drdo, {**with_reward_head(), "oracle_model": tiny_model(TOKENIZER)},
          "model: expected a reward head"),
+        (method("dckd"), {}, "teacher_model: expected a model, .* by method 'dckd', got None"),
+        (method("gkd"), teacher(OTHER), "teacher_model: .*vocabulary, .* in every step, got"),
+        (method("adpa"), teacher(), "teacher_ref_model: expected a model, .*, got None"),
+        (method("dpkd"), {}, "train_dataset: expected columns teacher_chosen_logps and teacher_re"),
+        (method("dpkd"), {**teacher(), "train_dataset": dataset(**LOGPS)},
+         "teacher_model: expected None, since the train dataset has teacher_chosen_logps"),
+        (method("dpo"), teacher(), "teacher_model: expected None, since the loss reads nothing"),
+        (method("dckd"), {**teacher(), "teacher_ref_model": student()},
+         "teacher_ref_model: expected None, since the loss reads nothing of it"),
+        (method("sft"), {"ref_model": student(seed=5)}, "ref_model: expected None"),
+        (method(["tvkd", "dckd"]), {**SHAPED, **teacher()},
+         "train_dataset: expected no chosen_shaping and .*, which teacher_model computes"),
     ],
 )  # fmt: skip
 def test_arguments(tmp_path, make, options, message):

@@ -20,7 +20,9 @@ from transformers import TrainingArguments
 import fastpref.integrations.trl
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
-TVKD, DRDO, SIMPO, METHOD, PLAIN = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+TVKD, DRDO, SIMPO, DCKD, MIXED, METHOD, PLAIN = re.findall(
+    r"```python\n(.*?)```", PAGE, flags=re.DOTALL
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +45,12 @@ def test_trl():
     assert names["trainer"].state.global_step == 4
     exec(DRDO, names)
     assert Path("student-drdo/reward_head.safetensors").is_file()
-    exec(SIMPO, names)
-    assert names["trainer"].state.global_step == 4
+    for code in (SIMPO, DCKD, MIXED):
+        exec(code, names)
+        assert names["trainer"].state.global_step == 4
+    assert {"loss/tvkd", "loss/sft", "loss/vanilla_kd"} <= set(
+        names["trainer"].state.log_history[0]
+    )
 
 
 def test_a_method_of_ones_own(tmp_path):

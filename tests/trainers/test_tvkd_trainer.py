@@ -89,6 +89,7 @@ def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settin
         tmp_path / "up front", settings={**settings, "precompute_shaping": True}
     )
     assert up_front.signals["shaping"] == SHAPING, "the teacher is still in memory"
+    assert not up_front.readers
     assert_same(history(up_front), along)
     teacher = tiny_model(TOKENIZER, seed=7)
     data = add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", **of_teacher)
@@ -138,7 +139,7 @@ def test_a_teacher_and_a_reference(tmp_path):
 def test_a_teacher_that_reads_along_is_frozen(tmp_path):
     found = with_teacher(tmp_path)
     found.train()
-    teacher = found.signals["shaping"].read.model
+    teacher = found.readers[0].model
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trl import TrlParser
 
-from fastpref.integrations.trl import DRDOConfig, OracleConfig, TVKDConfig
+from fastpref.integrations.trl import DRDOConfig, OracleConfig, PreferenceConfig, TVKDConfig
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,9 @@ from fastpref.integrations.trl import DRDOConfig, OracleConfig, TVKDConfig
         ),
         (DRDOConfig, {"alpha": 0.3, "gamma": 1.5, "length_normalize": True}),
         (OracleConfig, {"sft_weight": 0.2}),
+        (PreferenceConfig, {"method": "gkd", "divergence": "skew_kl", "max_new_tokens": 32}),
+        (PreferenceConfig, {"method": "adpa", "advantage_clip": [0.0, 1.0]}),
+        (PreferenceConfig, {"method": ["tvkd", "sft"], "method_weights": [1.0, 0.1]}),
     ],
 )
 def test_yaml_and_command_line(tmp_path, config, settings):
@@ -29,6 +32,15 @@ def test_yaml_and_command_line(tmp_path, config, settings):
     assert args.learning_rate == 3e-6 and args.output_dir == "somewhere"
     for name, value in settings.items():
         assert getattr(args, name) == value
+
+
+def test_several_methods_on_a_command_line():
+    line = "--output_dir x --bf16 false --method dpo sft --method_weights 1 0.1 --beta 0.2"
+    (args,) = TrlParser(PreferenceConfig).parse_args_and_config(line.split())
+    assert (args.methods, args.beta) == ({"dpo": 1.0, "sft": 0.1}, 0.2)
+    one = "--output_dir x --bf16 false --method adpa --advantage_clip -1 1"
+    (args,) = TrlParser(PreferenceConfig).parse_args_and_config(one.split())
+    assert args.method == "adpa" and args.advantage_clip == [-1, 1]
 
 
 def test_help_can_be_printed(capsys):

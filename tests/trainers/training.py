@@ -46,6 +46,24 @@ def student(seed: int = 0, **options: Any) -> Any:
     return tiny_model(TOKENIZER, seed=seed, **options).train()
 
 
+def teacher(seed: int = 7, **options: Any) -> Any:
+    """Wider than the student, and with more columns than its tokenizer has tokens."""
+    sizes = {"hidden_size": 24, "vocab_size": len(TOKENIZER) + 8}
+    return tiny_model(TOKENIZER, seed=seed, **{**sizes, **options})
+
+
+def models_for(method: str) -> dict[str, Any]:
+    """What a trainer of this method is given beside the student."""
+    found: dict[str, Any] = {}
+    if method in ("dpo", "ipo", "wpo", "tdpo", "edpo", "kto"):
+        found["ref_model"] = student(seed=5)
+    if method in ("vanilla_kd", "gkd", "dckd", "adpa", "dpkd"):
+        found |= {"teacher_model": teacher(), "teacher_processing_class": TOKENIZER}
+    if method == "adpa":
+        found["teacher_ref_model"] = teacher(seed=8, hidden_size=12)
+    return found
+
+
 def trainer(
     cls: Any, config: Any, folder: Path, model: Any, *, settings: dict | None = None, **options: Any
 ) -> Any:

@@ -13,17 +13,22 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 
 from fastpref.checks import (
-    NonNegative,
-    Positive,
+    check_annotated,
     check_choice,
-    check_options,
+    check_number,
     check_scratch_bytes,
+    options_of,
     refuse,
+)
+from fastpref.integrations.trl.options import (
+    advantage_options,
+    divergence_options,
+    reference_options,
+    sampling_options,
+    shaping_options,
 )
 from fastpref.losses import METHODS
 from fastpref.responses import Responses
-from fastpref.teacher.precompute import ShapingOptions
-from fastpref.teacher.shaping import Form, Potential, Terminal, check_signal
 
 # What makes DPO's loss another one. `label_smoothing_factor` is that of transformers' own Trainer.
 OF_OTHER_LOSSES = (
@@ -35,43 +40,11 @@ OF_REFERENCE = (
 )
 INPUTS = (Responses, Tensor, Tensor | None)  # annotations of what a loss reads of a batch
 # What trainers give a loss of it.
-GIVEN = "responses chosen ref_logps shaping oracle_rewards rewards student_rewards".split()
-
-
-def shaping_options(
-    *,
-    potential: Potential = "value",
-    value_temperature: Positive = 1.0,
-    gamma: NonNegative = 1.0,
-    terminal: Terminal = "bootstrap",
-    form: Form = "difference",
-    precompute_shaping: bool = False,
-) -> dict[str, Any]:
-    """What `fastpref.teacher_shaping` takes, from the options of methods that read a shaping.
-
-    Args:
-        potential: What a state is worth to the teacher.
-        value_temperature: Temperature of the teacher's values, in logits.
-        gamma: Discount of the teacher's values.
-        terminal: The value after the last token: the teacher's own, or zero.
-        form: The sum over a response; next_value is what the authors' code trains.
-        precompute_shaping: Whether to compute the teacher's shaping of the whole dataset before
-            training and let go of the teacher. It then reads its own tokens: any tokenizer will
-            do. The result stays in output_dir and is used again.
-    """
-    check_signal(terminal, form, gamma)
-    return ShapingOptions(potential, value_temperature, gamma, terminal, form)._asdict()
-
-
-def reference_options(*, reference_free: bool = True) -> bool:
-    """Whether a method whose reference is optional does without one.
-
-    Args:
-        reference_free: Whether the loss does without a reference model. If False, a reference is
-            used as in DPOTrainer: ref_model, or the checkpoint that the student was loaded from,
-            or the student with its PEFT adapter off.
-    """
-    return reference_free
+GIVEN = (
+    "responses chosen ref_logps shaping oracle_rewards rewards student_rewards log_weights "
+    "divergences advantages teacher_logps kl_log_ratios desirable"
+).split()
+OPEN_DIVERGENCE = ("gkd",)  # others compare by the forward KL
 
 
 @functools.cache
@@ -106,6 +79,10 @@ def _sources(method: str) -> list[Callable[..., Any]]:
         sources.append(shaping_options)
     if inputs.get("ref_logps") is False:
         sources.append(reference_options)
+    if "advantages" in inputs:
+        sources.append(advantage_options)
+    if method in OPEN_DIVERGENCE:
+        sources += [divergence_options, sampling_options]
     return sources
 
 
@@ -154,21 +131,37 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
     """DPOConfig, the name of a method, and the options of all methods.
 
     An option is what the function `fastpref.losses.<method>` says of it, and has that function's
-    default where it is not set. Methods that read a teacher's shaping also have
-    ``precompute_shaping`` and the options of `fastpref.teacher_shaping`, whose ``temperature`` is
-    ``value_temperature``; methods with an optional reference have ``reference_free``. Refused are
-    options that the method does not have, values out of range, and another loss of DPOConfig.
+    default where it is not set. What a loss reads has options, too: ``precompute_shaping`` and
+    those of `fastpref.teacher_shaping`, whose ``temperature`` is ``value_temperature``;
+    ``reference_free`` where a reference is optional; ``divergence``, ``lmbda`` and others of GKD;
+    ``advantage_clip``. Refused are options that the method does not have, values out of range, and
+    another loss of DPOConfig.
+
+    Several methods are trained at once, as the sum of their losses: ``method_weights`` weighs
+    them, and an option goes to every one that has it; where it is not set, each has its own
+    default, and the field stays None if these differ.
 
     Example:
         >>> from fastpref.integrations.trl import PreferenceConfig
         >>> args = PreferenceConfig("student-ipo", method="ipo", beta=0.2, use_cpu=True, bf16=False)
         >>> args.beta, args.length_normalize, args.alpha
         (0.2, True, None)
+        >>> mixed = PreferenceConfig("student", method=["dpo", "sft"], method_weights=[1.0, 0.1],
+        ...                          use_cpu=True, bf16=False)
+        >>> mixed.methods
+        {'dpo': 1.0, 'sft': 0.1}
     """
 
-    method: str = field(
+    method: list[str] | str = field(
         default="dpo",
-        metadata={"help": "Which loss of fastpref.losses to train.", "choices": list(METHODS)},
+        metadata={
+            "help": "Which loss of fastpref.losses to train, or several of them.",
+            "choices": list(METHODS),
+        },
+    )
+    method_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "The weight of each loss where there are several; by default 1."},
     )
     scratch_bytes: int | None = field(
         default=None,
@@ -203,50 +196,133 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         found._settle()
         return found
 
-    def options(self) -> dict[str, Any]:
-        """What the loss takes beside what it reads of a batch."""
-        return {name: getattr(self, name) for name in _options(METHODS[self.method])}
+    @property
+    def methods(self) -> dict[str, float]:
+        """The weight of each method."""
+        names = [self.method] if isinstance(self.method, str) else self.method
+        return dict(zip(names, self.method_weights or [1.0] * len(names), strict=True))
+
+    def options(self, method: str) -> dict[str, Any]:
+        """What a method's loss takes beside what it reads of a batch."""
+        return self.options_of(METHODS[method])
+
+    def options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The options that are keywords of a function, its own defaults where they are not set."""
+        values = {name: getattr(self, name) for name in _options(function)}
+        return {
+            name: _options(function)[name].default if value is None else value
+            for name, value in values.items()
+        }
+
+    def inputs(self, method: str) -> set[str]:
+        """What a loss reads of a batch with the options that it has."""
+        found = set(inputs_of(method))
+        if self.options(method).get("alpha") == 0:
+            found.discard("shaping")
+        if inputs_of(method).get("ref_logps") is False and self.reference_free:
+            found.discard("ref_logps")
+        return found
+
+    def reads(self, name: str) -> bool:
+        """Whether some loss reads this of a batch."""
+        return any(name in self.inputs(method) for method in self.methods)
 
     def shaping_options(self) -> dict[str, Any]:
         """What `fastpref.teacher_shaping` takes."""
-        return shaping_options(**{name: getattr(self, name) for name in OF_SHAPING})
+        return shaping_options(**self.options_of(shaping_options))
+
+    def divergence_options(self, method: str) -> dict[str, Any]:
+        """What `fastpref.linear_divergence` takes for a method's ``divergences``."""
+        if method not in OPEN_DIVERGENCE:
+            return {"kind": "forward_kl"}
+        return divergence_options(**self.options_of(divergence_options))
+
+    def advantage_clipping(self) -> tuple[float, float] | None:
+        """The ``clip`` of `fastpref.linear_divergence` for advantages."""
+        return advantage_options(advantage_clip=self.advantage_clip)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """What ``generate`` takes for responses that the student writes."""
+        return sampling_options(**self.options_of(sampling_options))
 
     def has_reference(self) -> bool:
-        """Whether the loss reads the log-probabilities of a reference."""
-        return "ref_logps" in inputs_of(self.method) and not self.reference_free
+        """Whether a loss reads the log-probabilities of a reference."""
+        return self.reads("ref_logps")
 
     def refuse_set(self, names: Iterable[str], reason: str) -> None:
         """Refuse options that were set to something else than their default."""
-        defaults = _defaults(self)
-        defaults |= {name: option.default for name, option in OPTIONS[self.method].items()}
         for name in names:
-            if getattr(self, name) != defaults[name]:
-                refuse(name, f"{defaults[name]!r}, since {reason}", repr(getattr(self, name)))
+            defaults = [_defaults(self)[name]]
+            for method in self.methods:
+                if name in OPTIONS[method]:
+                    defaults.append(OPTIONS[method][name].default)
+            if getattr(self, name) not in defaults:
+                refuse(name, f"{defaults[-1]!r}, since {reason}", repr(getattr(self, name)))
 
     def _settle(self) -> None:
-        """Give the method's options their values, and refuse what it has no use for."""
-        check_choice("method", self.method, tuple(OPTIONS))
-        if absent := [name for name in inputs_of(self.method) if name not in GIVEN]:
-            what = f"a method of which a trainer has all inputs ({', '.join(GIVEN)})"
-            refuse("method", what, f"{self.method!r}, which reads {' and '.join(absent)}")
-        options = OPTIONS[self.method]
-        others = [name for name in ALL_OPTIONS if name not in options]
+        """Give the methods' options their values, and refuse what they have no use for."""
+        self._settle_methods()
+        owned = {option for method in self.methods for option in OPTIONS[method]}
+        others = [name for name in ALL_OPTIONS if name not in owned]
         self.refuse_set(others, f"method {self.method!r} has no such option")
         self.refuse_set(OF_OTHER_LOSSES, f"method chooses the loss, here {self.method!r}")
-        for name, option in options.items():
-            if getattr(self, name) is None:
-                setattr(self, name, option.default)
+        for name in owned:
+            defaults = [OPTIONS[one][name].default for one in self.methods if name in OPTIONS[one]]
+            if getattr(self, name) is None and all(one == defaults[0] for one in defaults):
+                setattr(self, name, defaults[0])
         check_scratch_bytes(self.scratch_bytes)
-        for function in _sources(self.method):
-            check_options(function, vars(self))
-        if "shaping" in inputs_of(self.method):
-            self.shaping_options()
-            if self.precompute_shaping:
-                self.refuse_set(["truncation_mode"], "a teacher's own tokens are cut at their end")
+        for method in self.methods:
+            for function in _sources(method):
+                options = self.options_of(function)
+                check_annotated(options_of(function), options)
+                if function is not METHODS[method]:
+                    function(**options)
+        if self.reads("shaping") and self.precompute_shaping:
+            self.refuse_set(["truncation_mode"], "a teacher's own tokens are cut at their end")
+        self._settle_reference()
+        if self.reads("kl_log_ratios") and self.per_device_train_batch_size < 2:
+            expected = "at least 2, since KTO pairs a prompt with the response of another"
+            refuse("per_device_train_batch_size", expected, self.per_device_train_batch_size)
+        if self.lmbda and len(self.methods) > 1:
+            expected = "0 beside other losses, which read the dataset's responses"
+            refuse("lmbda", expected, self.lmbda)
+
+    def _settle_methods(self) -> None:
+        """Refuse methods that there are not, and weights that are not theirs."""
+        if not isinstance(self.method, str) and len(self.method) == 1:
+            (self.method,) = self.method  # as a command line has it
+        names = [self.method] if isinstance(self.method, str) else self.method
+        if not names or len(set(names)) < len(names):
+            refuse("method", "a method, or several, each of them once", repr(self.method))
+        for name in names:
+            check_choice("method", name, tuple(OPTIONS))
+            if absent := [one for one in inputs_of(name) if one not in GIVEN]:
+                what = f"a method of which a trainer has all inputs ({', '.join(GIVEN)})"
+                refuse("method", what, f"{name!r}, which reads {' and '.join(absent)}")
+        weights = self.method_weights
+        if weights is None:
+            return
+        if not isinstance(weights, list | tuple) or len(weights) != len(names):
+            refuse("method_weights", f"{len(names)} numbers, as many as methods", repr(weights))
+        for weight in weights:
+            check_number("method_weights", weight, at_least=0)
+
+    def _settle_reference(self) -> None:
+        """Refuse options of a reference that is not there, or that is more than its numbers."""
         if not self.has_reference():
             self.refuse_set(OF_REFERENCE, "there is no reference")
             # DPOTrainer loads a reference unless its numbers are said to be there.
             self.precompute_ref_log_probs = True
+            return
+        in_every_step = [
+            method
+            for method in self.methods
+            if {"ref_logps", "divergences"} <= self.inputs(method)
+            or "kl_log_ratios" in self.inputs(method)
+        ]
+        if in_every_step:
+            reason = f"{in_every_step[0]!r} reads more of the reference than can be stored"
+            self.refuse_set(["precompute_ref_log_probs"], reason)
 
 
 def _defaults(args: Any) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def of_signals(signals: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def of_logits(states: Tensor, head: Head, mask: Tensor) -> dict[str, Tensor]:
-    """Mean logits of chosen and rejected responses, from (2B, T, H) states.
+def of_logits(states: Tensor, head: Head, mask: Tensor, pairs: int) -> dict[str, Tensor]:
+    """Mean logits of chosen and rejected responses, from (2B, T, H) states; or of chosen ones.
 
     The mean logit of a position is linear in its state, so no logits are needed; a head with a soft
     cap has no such metrics.
@@ -66,7 +66,8 @@ def of_logits(states: Tensor, head: Head, mask: Tensor) -> dict[str, Tensor]:
     mean_row = head.weight.mean(0, dtype=torch.float32)
     mean_bias = 0.0 if head.bias is None else head.bias.float().mean()
     metrics = {}
-    for side, rows, part in zip(SIDES, states.chunk(2), mask.chunk(2), strict=True):
+    for side, start in zip(SIDES, range(0, len(states), pairs), strict=False):
+        rows, part = states[start : start + pairs], mask[start : start + pairs]
         total = torch.where(part.unsqueeze(-1), rows, 0).sum((0, 1), dtype=torch.float32)
         count = part.sum()
         logits = head.logit_scale * ((total * mean_row).sum() + count * mean_bias)

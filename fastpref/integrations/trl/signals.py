@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import is_finite_float32, refuse
-from fastpref.data.tokens import tokenizer_settings
-from fastpref.integrations.trl.config import OF_SHAPING, PreferenceConfig, inputs_of
-from fastpref.models.fused_head import add_fused_head
+from fastpref.data.tokens import IGNORE_INDEX
+from fastpref.integrations.trl.config import OF_SHAPING, OPTIONS, PreferenceConfig, inputs_of
+from fastpref.integrations.trl.passes import Sides, comparisons_of
+from fastpref.integrations.trl.readers import Reader, load_frozen
 from fastpref.models.reward_head import load_reward_head, reward_head_of, rewards_at_head
-from fastpref.ops import Head
-from fastpref.teacher import BadRowsError, add_shaping, load_teacher, teacher_shaping
+from fastpref.ops import Head, linear_logps
+from fastpref.responses import sum_responses
+from fastpref.sequences import labels_of_states
+from fastpref.teacher import BadRowsError, add_shaping, teacher_shaping
 from fastpref.teacher.store import made_with_max_length
 
 
@@ -30,22 +30,22 @@ class Signal:
     """One number per response that a loss reads and the student does not compute.
 
     It is of one of three kinds: two columns of the dataset; the same columns, which ``compute``
-    adds before training; or what ``read`` says in every step, which asks a model.
+    adds before training; or what ``read``, a model, says in every step.
     """
 
     columns: tuple[str, str]
     argument: str = ""  # of the trainer: the model that computes it
     advice: str = ""  # to someone whose dataset lacks the columns
     compute: Callable[[Any, str], Any] | None = None
-    read: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
+    read: Reader | None = None
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """A dataset with what is read of it; refused is one that lacks it, or has it twice."""
-        if not self.argument:  # a reference's, which DPOTrainer adds
-            return dataset
         missing = missing_columns(dataset, self.columns)
         columns = " and ".join(self.columns)
         if self.compute is not None or self.read is not None:
+            if not missing and self.read is not None and self.read.sides:
+                refuse(f"{name}_dataset", f"no {columns}, which {self.argument} computes", "both")
             if not missing:
                 refuse(self.argument, f"None, since the {name} dataset has {columns}", "a model")
             return dataset if self.compute is None else self.compute(dataset, name)
@@ -57,10 +57,8 @@ class Signal:
                 finite(column, dataset.with_format(None)[column][:])
         return dataset
 
-    def of_batch(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """(2B,) numbers of a batch, chosen responses first."""
-        if self.read is not None:
-            return self.read(inputs, labels)
+    def of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(2B,) numbers of the columns of a batch, chosen responses first."""
         return torch.cat([inputs[column] for column in self.columns])
 
 
@@ -74,82 +72,74 @@ REWARDS = Signal(
     "oracle_model",
     "add them from your oracle, or give the trainer an oracle_model",
 )
+TEACHER_LOGPS = Signal(
+    ("teacher_chosen_logps", "teacher_rejected_logps"),
+    "teacher_model",
+    "add them from your teacher, summed over each response, or give the trainer a teacher_model",
+)
 REFERENCE = Signal(("ref_chosen_logps", "ref_rejected_logps"))  # which DPOTrainer precomputes
-
-
-@dataclass
-class Reader:
-    """A teacher or an oracle that reads the student's batches."""
-
-    argument: str
-    model: Any
-    tokenizer: Any
-    at_head: Callable[[Tensor, Head, Tensor], Tensor]  # states, head, labels -> (2B,)
-
-    def join(self, trainer: Any) -> None:
-        """Check that it reads the student's tokens; place it as TRL places a reference."""
-        key = "tokenizer_digest"
-        theirs, student = self.tokenizer, trainer._tokenizer
-        if tokenizer_settings(theirs)[key] != tokenizer_settings(student)[key]:
-            refuse(
-                self.argument,
-                "the student's vocabulary, since it reads the student's tokens in every step "
-                "(precompute_shaping=True or `fastpref values` let a teacher read its own)",
-                f"another one (tokenizers {theirs.name_or_path!r} and {student.name_or_path!r})",
-            )
-        self.model.eval().requires_grad_(False)
-        add_fused_head(self.model)
-        if trainer.is_deepspeed_enabled:
-            self.model = prepare_deepspeed(self.model, trainer.accelerator)
-        elif trainer.is_fsdp_enabled:
-            self.model = prepare_fsdp(self.model, trainer.accelerator)
-        else:
-            self.model = trainer.accelerator.prepare_model(self.model, evaluation_mode=True)
-
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """(2B,) what ``at_head`` makes of a batch."""
-
-        def at_head(states: Tensor, head: Head) -> dict[str, Tensor]:
-            return {"signal": self.at_head(states, head, labels.to(states.device))}
-
-        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        found: Tensor = self.model(**tokens, at_head=at_head)["signal"]
-        return found
 
 
 def signals_of(
     args: PreferenceConfig, student: Any, models: dict[str, tuple[Any, Any]]
-) -> dict[str, Signal]:
-    """What the loss reads beside the student's own numbers, by the names of its parameters.
+) -> tuple[dict[str, Signal], list[Reader]]:
+    """What losses read beside the student's own numbers, by the names of their parameters.
 
-    ``models`` are models and tokenizers, by the trainer's arguments.
+    ``models`` are models and tokenizers, by the trainer's arguments. The second result are those
+    that read along in every step.
     """
-    inputs = inputs_of(args.method)
-    signals = {}
-    for name, signal, ask in (
-        ("shaping", SHAPING, _ask_teacher),
-        ("oracle_rewards", REWARDS, _ask_oracle),
-    ):
-        model, tokenizer = models[signal.argument]
-        is_read = name in inputs and not (name == "shaping" and args.alpha == 0)
-        if model is not None and not is_read:
-            reason = f"the loss reads no {name} (method={args.method!r}, alpha={args.alpha})"
-            refuse(signal.argument, f"None, since {reason}", type(model).__name__)
+    sides = _sides_of_models(args)
+    signals: dict[str, Signal] = {}
+    readers = []
+    for argument, (model, tokenizer) in models.items():
+        wanted = {
+            name: (signal, ask)
+            for name, (signal, ask) in ASK.items()
+            if signal.argument == argument and args.reads(name)
+        }
         if model is student:
-            refuse(signal.argument, "another model than the student", "the student itself")
-        if name == "shaping" and name in inputs and model is None:
-            args.refuse_set(OF_SHAPING, "there is no teacher_model that it is for")
-        if is_read:
-            signals[name] = signal if model is None else ask(args, model, tokenizer)
-    return signals
+            refuse(argument, "another model than the student", "the student itself")
+        if model is None:
+            if argument in sides:
+                reason = f"at every token, by method {args.method!r}"
+                refuse(argument, f"a model, which the student is compared with {reason}", None)
+            signals |= {name: signal for name, (signal, _) in wanted.items()}
+            continue
+        if not wanted and argument not in sides:
+            reason = f"the loss reads nothing of it (method={args.method!r}, alpha={args.alpha})"
+            refuse(argument, f"None, since {reason}", type(model).__name__)
+        loaded = load_frozen(argument, model, tokenizer)
+        reader = Reader(argument, *loaded, sides=sides.get(argument))
+        for name, (signal, ask) in wanted.items():
+            signals[name] = ask(args, signal, reader, model)
+        if reader.signals or reader.sides:
+            readers.append(reader)
+    if models["teacher_model"][0] is None:
+        _refuse_options_of_shaping(args)
+    return signals, readers
 
 
-def _ask_teacher(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Signal:
-    model, tokenizer = load_frozen("teacher_model", teacher, tokenizer)
+def _refuse_options_of_shaping(args: PreferenceConfig) -> None:
+    """Refuse options of a shaping that no other loss has, where no teacher computes one."""
+    others = [OPTIONS[one] for one in args.methods if "shaping" not in inputs_of(one)]
+    if len(others) < len(args.methods):
+        names = [name for name in OF_SHAPING if not any(name in options for options in others)]
+        args.refuse_set(names, "there is no teacher_model that it is for")
+
+
+def _sides_of_models(args: PreferenceConfig) -> dict[str, Sides]:
+    """Of which responses the states of each model are read, by the trainer's arguments."""
+    found: dict[str, Sides] = {}
+    for comparison, sides in comparisons_of(args).items():
+        for argument in comparison.models:
+            found[argument] = sides.union(found.get(argument, sides))
+    return found
+
+
+def _ask_for_shaping(args: PreferenceConfig, signal: Signal, reader: Reader, _: Any) -> Signal:
     options = args.shaping_options()
 
-    def at_head(states: Tensor, head: Head, labels: Tensor) -> Tensor:
+    def of_states(states: Tensor, head: Head, labels: Tensor) -> Tensor:
         return teacher_shaping(states, head, labels, **options)
 
     def compute(dataset: Any, name: str) -> Any:
@@ -157,6 +147,7 @@ def _ask_teacher(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Signal
             refuse(f"{name}_dataset", "a Dataset to precompute", type(dataset).__name__)
         file = Path(args.output_dir) / f"{name}-shaping.parquet"
         sizes = {"max_length": args.max_length, "batch_size": args.per_device_train_batch_size}
+        model, tokenizer = reader.model, reader.tokenizer
         try:
             found = add_shaping(dataset, model, tokenizer, file, **sizes, **options)
         except BadRowsError as error:
@@ -165,44 +156,47 @@ def _ask_teacher(args: PreferenceConfig, teacher: Any, tokenizer: Any) -> Signal
                 "out, or add the columns with `fastpref values --skip-bad-rows`. " + str(error)
             ) from error
         # Its columns only: a file of an earlier run knows the rows as they were then.
-        for column in SHAPING.columns:
+        for column in signal.columns:
             values = found[column][:]
             dataset = dataset.add_column(column, values, feature=found.features[column])
         return dataset
 
     if args.precompute_shaping:
-        return replace(SHAPING, compute=compute)
-    return replace(SHAPING, read=Reader("teacher_model", model, tokenizer, at_head))
+        return replace(signal, compute=compute)
+    reader.signals["shaping"] = of_states
+    return replace(signal, read=reader)
 
 
-def _ask_oracle(args: PreferenceConfig, oracle: Any, tokenizer: Any) -> Signal:
-    model, tokenizer = load_frozen("oracle_model", oracle, tokenizer)
+def _ask_for_logps(_: PreferenceConfig, signal: Signal, reader: Reader, __: Any) -> Signal:
+    reader.signals["teacher_logps"] = responses_logps
+    return replace(signal, read=reader)
+
+
+def _ask_for_rewards(_: PreferenceConfig, signal: Signal, reader: Reader, oracle: Any) -> Signal:
+    model = reader.model
     if isinstance(oracle, str):
         load_reward_head(model, oracle)
     reward_head_of(model)
 
-    def at_head(states: Tensor, _: Head, labels: Tensor) -> Tensor:
+    def of_states(states: Tensor, _: Head, labels: Tensor) -> Tensor:
         return rewards_at_head(model, states, labels)
 
-    return replace(REWARDS, read=Reader("oracle_model", model, tokenizer, at_head))
+    reader.signals["oracle_rewards"] = of_states
+    return replace(signal, read=reader)
 
 
-def load_frozen(argument: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """A model that is given or named, and its tokenizer, found where the model came from."""
-    if isinstance(model, str):
-        model, found = load_teacher(model)
-        return model, tokenizer or found
-    model.eval()
-    if tokenizer is None:
-        source = get_config_model_id(model.config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{argument.removesuffix('_model')}_processing_class: expected the tokenizer of "
-                f"{argument}, got None, and none is found at {source!r}"
-            ) from error
-    return model, tokenizer
+# By the parameter of a loss: the columns that have it, and how to ask a model for it.
+ASK: dict[str, tuple[Signal, Callable[[PreferenceConfig, Signal, Reader, Any], Signal]]] = {
+    "shaping": (SHAPING, _ask_for_shaping),
+    "teacher_logps": (TEACHER_LOGPS, _ask_for_logps),
+    "oracle_rewards": (REWARDS, _ask_for_rewards),
+}
+
+
+def responses_logps(states: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """(S,) summed log-probabilities of responses, from (S, T + 1, H) states, (S, T) labels."""
+    targets = labels_of_states(labels.to(states.device), None, IGNORE_INDEX)
+    return sum_responses(linear_logps(states, head, targets), targets).logps
 
 
 @dataclass

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
+import random
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, get_config_model_id, use_adapter
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import refuse
 from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl import metrics
+from fastpref.integrations.trl.batches import chosen_half, shifted_labels, written_by
 from fastpref.integrations.trl.config import (
     DRDOConfig,
     OracleConfig,
@@ -26,49 +25,62 @@ from fastpref.integrations.trl.config import (
     TVKDConfig,
     inputs_of,
 )
-from fastpref.integrations.trl.saving import SavesRewardHead
+from fastpref.integrations.trl.passes import (
+    Comparison,
+    Reading,
+    Sides,
+    comparison_of,
+    comparisons_of,
+    log_weights,
+    sides_of,
+    student_numbers,
+)
+from fastpref.integrations.trl.reading import ReadsModels, take_over_head
 from fastpref.integrations.trl.signals import (
-    REFERENCE,
     CollatorWithColumns,
-    Reader,
     Signal,
     missing_columns,
     signals_of,
     warn_of_other_lengths,
 )
 from fastpref.losses import METHODS
-from fastpref.models.fused_head import add_fused_head
 from fastpref.models.reward_head import rewards_at_head
-from fastpref.ops import Head, linear_logps, linear_logps_with_stats
-from fastpref.responses import Tokens, sum_responses
+from fastpref.ops import Head
+from fastpref.responses import Tokens
 from fastpref.sequences import labels_of_states
 
 OF_REWARD_HEAD = ("rewards", "student_rewards")  # inputs of a loss that the model itself gives
 
 
-class PreferenceTrainer(SavesRewardHead):
+class PreferenceTrainer(ReadsModels):
     """TRL's ``DPOTrainer`` with any loss of `fastpref.losses`, and without logits.
 
     Everything of ``DPOTrainer`` that is not its loss stays: dataset formats, collator, logging,
     evaluation, checkpoints, PEFT. What a loss reads beside the model comes from
 
     - the dataset: columns ``chosen_shaping`` and ``rejected_shaping`` (from ``fastpref values``),
-      ``chosen_reward`` and ``rejected_reward`` (from your oracle);
+      ``chosen_reward`` and ``rejected_reward`` (from your oracle), ``teacher_chosen_logps`` and
+      ``teacher_rejected_logps`` (from your teacher);
     - a teacher or an oracle, in every step, or a teacher once up front (``precompute_shaping``);
     - a reference, as in ``DPOTrainer``, for methods that have one.
 
+    Several methods, ``method=["tvkd", "sft"]``, are trained at once as the weighted sum of their
+    losses; every model reads a batch once.
+
     It logs TRL's metrics, the parts of the loss as ``loss/*``, and ``shaping/*`` and
-    ``rewards/oracle_margin`` where the loss reads them. Methods that learn rewards of their own
-    give the model a linear reward head, saved beside it as ``reward_head.safetensors``.
+    ``rewards/oracle_margin`` where the loss reads them. Of several methods each is ``loss/<name>``,
+    and what two of them log under one name is that of the first. Methods that learn rewards of
+    their own give the model a linear reward head, saved beside it as ``reward_head.safetensors``.
 
     Args:
         model: As in ``DPOTrainer``. A folder with a reward head gives that too.
         ref_model: As in ``DPOTrainer``; only for methods with a reference.
         args: `PreferenceConfig`, or a ``DPOConfig``: its fields are
             carried over, ours keep their defaults.
-        teacher_model: For methods that read a shaping: a causal language model, a folder or a name
-            on the Hub; None where the dataset has the columns, or with ``alpha=0``.
-        teacher_processing_class: Its tokenizer; None loads the one from where it came from.
+        teacher_model: For methods that read a teacher: a causal language model, a folder or a name
+            on the Hub; None where the dataset has the columns, or for TVKD with ``alpha=0``.
+        teacher_ref_model: For ADPA: the teacher as it was before it was aligned.
+        teacher_processing_class: Their tokenizer; None loads the one from where they came from.
         oracle_model: For methods that read an oracle's rewards: a folder that `OracleTrainer`
             saved, or a model with a reward head; None where the dataset has the columns.
         oracle_processing_class: As the teacher's.
@@ -79,9 +91,10 @@ class PreferenceTrainer(SavesRewardHead):
         **options: All others of ``DPOTrainer``.
 
     Raises:
-        ValueError: Missing columns, or a model beside a dataset that has them; numbers in them
-            that are not finite; a teacher or oracle with another vocabulary in every step; options
-            that the method has no use for; images; adapters with virtual tokens or on the head.
+        ValueError: Missing columns or models, or a model beside a dataset that has its columns;
+            numbers in them that are not finite; a teacher or oracle with another vocabulary in
+            every step; options that no method has a use for; images; adapters with virtual tokens
+            or on the head.
 
     Example:
         >>> from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer
@@ -95,9 +108,6 @@ class PreferenceTrainer(SavesRewardHead):
     # What transformers leaves open.
     args: Any
     _signature_columns: Any
-    # DPOTrainer's own __init__ reads batches where it precomputes a reference.
-    signals: Mapping[str, Signal] = {}
-    columns: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -106,6 +116,7 @@ class PreferenceTrainer(SavesRewardHead):
         args: Any = None,
         *,
         teacher_model: Any = None,
+        teacher_ref_model: Any = None,
         teacher_processing_class: Any = None,
         oracle_model: Any = None,
         oracle_processing_class: Any = None,
@@ -129,9 +140,10 @@ class PreferenceTrainer(SavesRewardHead):
         refuse_adapters(model, peft_config)
         models = {
             "teacher_model": (teacher_model, teacher_processing_class),
+            "teacher_ref_model": (teacher_ref_model, teacher_processing_class),
             "oracle_model": (oracle_model, oracle_processing_class),
         }
-        signals = signals_of(args, model, models)
+        signals, self.readers = signals_of(args, model, models)
         super().__init__(
             model,
             ref_model,
@@ -146,18 +158,15 @@ class PreferenceTrainer(SavesRewardHead):
         in_columns = [signal.columns for signal in signals.values() if signal.read is None]
         self.columns = tuple(itertools.chain(*in_columns))
         self.data_collator = CollatorWithColumns(self.data_collator, self.columns)
-        for signal in self.signals.values():
-            if isinstance(signal.read, Reader):
-                signal.read.join(self)
+        for reader in self.readers:
+            reader.join(self)
         self.precompute_ref_logps = self.precompute_ref_logps and args.has_reference()
-        if args.has_reference():
-            read = None if self.precompute_ref_logps else self._reference_logps
-            self.signals["ref_logps"] = replace(REFERENCE, read=read)
         take_over_head(self.model)
-        if any(name in inputs_of(args.method) for name in OF_REWARD_HEAD):
+        if any(args.reads(name) for name in OF_REWARD_HEAD):
             self.give_reward_head(model)
-        self._name = args.method
-        self._tag_names = ["trl", "fastpref", args.method]
+        self.comparisons = comparisons_of(args)
+        self._name = "+".join(args.methods)
+        self._tag_names = ["trl", "fastpref", *args.methods]
         self.model.add_model_tags(self._tag_names)
         if "chosen_shaping" in self.columns:
             warn_of_other_lengths(self.train_dataset, args.max_length)
@@ -174,51 +183,21 @@ class PreferenceTrainer(SavesRewardHead):
         loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
         return loss, None, None
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(B,) summed log-probabilities of chosen and rejected responses under the reference.
-
-        Without a reference model of its own, that is the student with its adapter off, or with a
-        copy of the adapter that it began with.
-        """
-        student = self.accelerator.unwrap_model(self.model)
-        take_over_head(self.accelerator.unwrap_model(model))
-        adapter: AbstractContextManager[None] = nullcontext()
-        if self.ref_model is None and is_peft_model(student):
-            name = "ref" if "ref" in student.peft_config else None
-            adapter = use_adapter(student, adapter_name=name)
-        labels = shifted_labels(inputs)
-
-        def at_head(states: Tensor, head: Head) -> dict[str, Tensor]:
-            targets = labels_of_states(labels.to(states.device), None, IGNORE_INDEX)
-            return {"logps": sum_responses(linear_logps(states, head, targets), targets).logps}
-
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            adapter,
-            self.accelerator.autocast(),
-        ):
-            logps: Tensor = model(**self._model_inputs(inputs), at_head=at_head)["logps"]
-        chosen, rejected = logps.chunk(2)
-        return chosen, rejected
-
-    def _reference_logps(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        model = self.model if self.ref_model is None else self.ref_model
-        return torch.cat(self.compute_ref_log_probs(model, inputs))
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if not self.args.has_reference():
-            return dataset
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        model_inputs = self._model_inputs(inputs)
+        pairs = len(inputs["input_ids"]) // 2
+        if not self._reads_rejected():
+            inputs = chosen_half(inputs)
+        if mode == "train" and self._is_on_policy():
+            inputs = self._with_own_responses(model, inputs)
         labels = shifted_labels(inputs)
-        signals = {name: signal.of_batch(inputs, labels) for name, signal in self.signals.items()}
+        signals, readings = self._read(model, inputs, labels, pairs)
+        model_inputs = self._model_inputs(inputs)
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
-        at_head = partial(self._at_head, labels=labels, signals=signals)
+        at_head = partial(
+            self._at_head, labels=labels, pairs=pairs, signals=signals, readings=readings
+        )
         results = model(**model_inputs, at_head=at_head)
         loss: Tensor = results.pop("loss")
         if "aux_loss" in results:
@@ -229,34 +208,86 @@ class PreferenceTrainer(SavesRewardHead):
         self._record(mode, results, inputs["attention_mask"].sum())
         return loss
 
+    def _reads_rejected(self) -> bool:
+        """Whether some loss reads more of a pair than its chosen response."""
+        return any(self.args.inputs(one) - {"chosen", "divergences"} for one in self.args.methods)
+
+    def _is_on_policy(self) -> bool:
+        """Whether the student writes this step's responses.
+
+        That follows from the seed and the number of the step: it is the same in every process,
+        which all have to generate together, and after a training was resumed.
+        """
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}").random()
+        return draw < (self.args.lmbda or 0.0)
+
+    def _with_own_responses(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with the student's responses to its prompts."""
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        options = {"gradient_checkpointing_kwargs": checkpointing}
+        with unwrap_model_for_generation(model, self.accelerator, **options) as student:
+            return written_by(student, inputs, self._tokenizer, self.args.sampling_options())
+
     def _at_head(
-        self, states: Tensor, head: Head, *, labels: Tensor, signals: dict[str, Tensor]
+        self,
+        states: Tensor,
+        head: Head,
+        *,
+        labels: Tensor,
+        pairs: int,
+        signals: dict[str, Tensor],
+        readings: dict[str, Reading],
     ) -> dict[str, Tensor]:
         """The loss, and metrics as sum and count, from (2B, T + 1, H) states, (2B, T) labels."""
-        inputs, options = inputs_of(self.args.method), self.args.options()
+        args = self.args
         labels = labels.to(states.device)
         signals = {name: values.to(states.device) for name, values in signals.items()}
         targets = labels_of_states(labels, None, IGNORE_INDEX)  # (2B, T + 1)
         mask = targets != IGNORE_INDEX
-        rows = len(states) // 2 if "chosen" in inputs else len(states)
-        read = (states[:rows], head, targets[:rows])
+        sides = reduce(Sides.union, map(sides_of, args.methods))
+        found = student_numbers(
+            states, head, targets, pairs, sides, self.comparisons, readings, args.scratch_bytes
+        )
         measured = metrics.of_signals(signals)
-        found = linear_logps_with_stats(*read, scratch_bytes=self.args.scratch_bytes)
-        chosen = slice(len(states) // 2)
-        measured["entropy"] = metrics.summed(found.entropy, mask[:rows])
-        measured["mean_token_accuracy"] = metrics.summed(found.is_top1[chosen], mask[chosen])
+        measured["entropy"] = metrics.summed(found.entropy, mask[sides.rows(pairs)])
+        measured["mean_token_accuracy"] = metrics.summed(found.is_top1[:pairs], mask[:pairs])
         if self._tp_size == 1:  # else the mean row of the head is on no process
-            measured |= metrics.of_logits(states, head, mask)
+            measured |= metrics.of_logits(states, head, mask, pairs)
         for name in OF_REWARD_HEAD:
-            if name in inputs:
+            if args.reads(name):
                 student = self.accelerator.unwrap_model(self.model)
                 signals[name] = rewards_at_head(student, states, labels)
-        if inputs.get("shaping"):  # a required argument, but with alpha=0 there is no such signal
-            signals.setdefault("shaping", states.new_zeros(len(states)))
-        # Not summed yet: a pair kernel does that where there is one.
-        tokens = Tokens(found.logps, mask[:rows], None, None)
-        output = METHODS[self.args.method](tokens, **signals, **options)
-        return {"loss": output.loss, **metrics.of_output(output, options), **measured}
+        if args.reads("log_weights"):
+            signals["log_weights"] = log_weights(states, head, targets, found.logps)
+        losses = []
+        for method, weight in args.methods.items():
+            rows = sides_of(method).rows(pairs)
+            # Not summed yet: a pair kernel does that where there is one.
+            tokens = Tokens(found.logps[rows], mask[rows], None, None)
+            given = {name: signals[name] for name in args.inputs(method) & signals.keys()}
+            given |= self._divergences(method, found.divergences, pairs)
+            if inputs_of(method).get("shaping"):  # required, but with alpha=0 there is none
+                given.setdefault("shaping", states.new_zeros(len(states)))
+            options = args.options(method)
+            output = METHODS[method](tokens, **given, **options)
+            losses.append(output.loss if weight == 1 else weight * output.loss)
+            measured = {**metrics.of_output(output, options), **measured}
+            if len(args.methods) > 1:
+                measured[f"loss/{method}"] = metrics.summed(output.loss.detach())
+        return {"loss": sum(losses[1:], losses[0]), **measured}
+
+    def _divergences(
+        self, method: str, divergences: dict[Comparison, Tensor], pairs: int
+    ) -> dict[str, Tensor]:
+        """A method's divergences, by the name of the loss's parameter, of its own responses."""
+        read = comparison_of(self.args, method)
+        if read is None:
+            return {}
+        comparison, sides = read
+        first = self.comparisons[comparison].first  # of the responses that they are of
+        rows = Sides(*(one - first for one in sides)).rows(pairs)
+        name = "advantages" if comparison.kind == "advantage" else "divergences"
+        return {name: divergences[comparison][rows]}
 
     def _record(self, mode: str, measured: dict[str, Tensor], tokens: Tensor) -> None:
         """Add up sums and counts over all processes, in one collective and one read by the host."""
@@ -267,10 +298,6 @@ class PreferenceTrainer(SavesRewardHead):
         if mode == "train":
             self._total_train_tokens += int(tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-
-    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        ours = {"completion_mask", *REFERENCE.columns, *self.columns}
-        return {name: value for name, value in inputs.items() if name not in ours}
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]  # TRL's own
@@ -350,22 +377,3 @@ def refuse_adapters(model: Any, peft_config: Any) -> None:
         if getattr(config, "is_prompt_learning", False):
             got = f"{type(config).__name__}, whose virtual tokens shift the response"
             refuse("peft_config", "an adapter of the model's layers, LoRA for example", got)
-
-
-def take_over_head(model: Any) -> None:
-    """`add_fused_head`, in place of TRL's own fused head where that is outermost."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = bare.__dict__.get("forward")
-    if inspect.ismethod(forward) and forward.__func__.__globals__ is add_fused_lm_head.__globals__:
-        # TRL has no switch for it: what it covered is a variable of its function (TRL 1.16).
-        below = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
-        del bare.forward
-        if below != bare.forward:  # somebody else's, accelerate's hooks for example
-            bare.forward = below
-    add_fused_head(bare)
-
-
-def shifted_labels(inputs: dict[str, Tensor]) -> Tensor:
-    """(2B, T) the tokens that all states but the last predict, -100 outside the responses."""
-    tokens, mask = inputs["input_ids"], inputs["completion_mask"]
-    return tokens.masked_fill(mask == 0, IGNORE_INDEX)[:, 1:]
