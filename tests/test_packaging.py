@@ -86,7 +86,14 @@ MAY_IMPORT = {
     "kernels": (),
     "data": ("checks", "extras"),
     "sequences": ("checks",),
-    "ops": ("checks", "kernels.logsumexp", "kernels.statistics", "kernels.tiles", "parallel"),
+    "ops": (
+        "checks",
+        "kernels.divergences",
+        "kernels.logsumexp",
+        "kernels.statistics",
+        "kernels.tiles",
+        "parallel",
+    ),
     "parallel": ("checks", "ops"),  # ops imports it where a head is spread over processes
     "responses": ("checks", "sequences"),
     "rewards": ("checks", "ops", "sequences"),
