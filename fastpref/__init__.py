@@ -1,4 +1,4 @@
-"""Fused losses for preference distillation: TVKD, DRDO and their kin without the logits."""
+"""Fused losses for preference distillation: TVKD, DRDO and what they are compared with."""
 
 from fastpref import losses
 from fastpref.data import collate_pairs

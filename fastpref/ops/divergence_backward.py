@@ -12,7 +12,12 @@ from torch import Tensor
 from fastpref.ops.backend import multiply, statistics_dtype
 from fastpref.ops.divergence_rows import SCHEMA as COMPARISON_SCHEMA
 from fastpref.ops.divergence_rows import Comparison, KeptRows, RowBlocks
-from fastpref.ops.linear_logps_op import incoming, rows_read
+from fastpref.ops.linear_logps_op import (
+    empty_gradients,
+    empty_hidden_gradient,
+    incoming,
+    rows_read,
+)
 from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread
 from fastpref.ops.running import Running
 from fastpref.ops.tiling import carve, grid_by_columns
@@ -118,7 +123,7 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     )
     rows = rows_read(operands, rows, n_rows)
     if operands.count(rows) == 0:
-        return tuple(gradient.zero_() for gradient in _gradients(*arguments))
+        return tuple(gradient.zero_() for gradient in empty_gradients(*arguments))
 
     operands, ignored = operands.without_ignored()
     student, comparison = operands.logits(rows), comparison.without(ignored)
@@ -138,7 +143,9 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
         totals = totals._replace(hidden=spread(hidden, rows, len(operands.hidden)))
     return tuple(
         nothing if total is None else total.to(nothing.dtype)
-        for total, nothing in zip(totals, _gradients(*arguments[:-3], *[False] * 3), strict=True)
+        for total, nothing in zip(
+            totals, empty_gradients(*arguments[:-3], *[False] * 3), strict=True
+        )
     )
 
 
@@ -157,19 +164,10 @@ def _groups(
         yield rows, reader.read(rows)
 
 
-def _gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, wants_hidden, wants_weight, wants_bias = more
-    return (
-        hidden.new_empty(hidden.shape if wants_hidden else (0,)),
-        weight.new_empty(weight.shape if wants_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if wants_bias else (0,)),
-    )
-
-
 backward_ops = register(
     "linear_divergence_backward",
     gradients_of_operands,
-    _gradients,
+    empty_gradients,
     f"({SCHEMA}, {COMPARISON_SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor cache, "
     "bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
 )
@@ -200,13 +198,9 @@ def gradient_by_jacobian(*arguments: Any) -> Tensor:
     return spread(total.to(operands.hidden.dtype), rows, operands.hidden.shape[0])
 
 
-def _hidden_gradient(hidden: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
-
-
 by_jacobian_ops = register(
     "linear_divergence_gradient_by_jacobian",
     gradient_by_jacobian,
-    _hidden_gradient,
+    empty_hidden_gradient,
     f"({SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor jacobian, Tensor logps_jacobian) -> Tensor",
 )

@@ -55,11 +55,7 @@ def divergence_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     found, count = Found(*_outputs(*arguments)), operands.hidden.shape[0]
     rows = operands.rows()
     n_rows = operands.count(rows)
-    if operands.compacts():
-        found.n_rows.fill_(n_rows)
-        found.rows.zero_()
-        if rows is not None:
-            found.rows[:n_rows] = rows
+    operands.note_rows(rows, found.rows, found.n_rows)
     if n_rows == 0:
         return tuple(one if one is found.n_rows else one.zero_() for one in found)
 
@@ -88,7 +84,7 @@ def divergence_and_more(*arguments: Any) -> tuple[Tensor, ...]:
         logps, lse = logps.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
         running = running.masked_fill(ignored, 0)
         stats = stats.masked_fill(ignored.unsqueeze(1), 0)
-    found.running.zero_()
+    found.running[:, n_rows:] = 0
     found.running[:, :n_rows] = running
     logps, lse, stats = (spread(one, rows, count) for one in (logps, lse, stats))
     return tuple(found._replace(logps=logps, lse=lse, stats=stats))

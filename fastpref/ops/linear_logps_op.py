@@ -43,11 +43,7 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     found, count = Found(*_outputs(*arguments)), operands.hidden.shape[0]
     rows = operands.rows()
     n_rows = operands.count(rows)
-    if operands.compacts():
-        found.n_rows.fill_(n_rows)
-        found.rows.zero_()
-        if rows is not None:
-            found.rows[:n_rows] = rows
+    operands.note_rows(rows, found.rows, found.n_rows)
     if n_rows == 0:
         return tuple(one if one is found.n_rows else one.zero_() for one in found)
 
@@ -121,7 +117,7 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     from_logps, from_lse, running, rows, n_rows, cache, wants_hidden, *wants_head = more
     rows = rows_read(operands, rows, n_rows)
     if operands.count(rows) == 0:
-        return tuple(gradient.zero_() for gradient in _gradients(*arguments))
+        return tuple(gradient.zero_() for gradient in empty_gradients(*arguments))
 
     operands, ignored = operands.without_ignored()
     state = Running.of(running[:, : operands.count(rows)])
@@ -133,7 +129,7 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     if ignored is not None:
         coefficients, of_labels = (one.masked_fill(ignored, 0) for one in (coefficients, of_labels))
     # The hidden states' gradient has no room among all rows before that of those read is known.
-    hidden_gradient, weight_gradient, bias_gradient = _gradients(
+    hidden_gradient, weight_gradient, bias_gradient = empty_gradients(
         *arguments[:-3], False, *wants_head
     )
     width = operands.hidden.shape[1]
@@ -151,7 +147,8 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     return hidden_gradient, weight_gradient, bias_gradient
 
 
-def _gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Places for the gradients that the last three arguments ask for."""
     *_, wants_hidden, wants_weight, wants_bias = more
     return (
         hidden.new_empty(hidden.shape if wants_hidden else (0,)),
@@ -166,7 +163,7 @@ LEFT_FOR_BACKWARD = (
 linear_logps_backward_ops = register(
     "linear_logps_backward",
     gradients_of_operands,
-    _gradients,
+    empty_gradients,
     f"({SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor cache, "
     "bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
 )
@@ -201,14 +198,15 @@ def gradient_by_jacobian(*arguments: Any) -> Tensor:
     return spread(gradient.copy_(total), rows, count)
 
 
-def _hidden_gradient(hidden: Tensor, *_: Any) -> Tensor:
+def empty_hidden_gradient(hidden: Tensor, *_: Any) -> Tensor:
+    """A place for the gradient of the hidden states."""
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
 gradient_by_jacobian_ops = register(
     "linear_logps_gradient_by_jacobian",
     gradient_by_jacobian,
-    _hidden_gradient,
+    empty_hidden_gradient,
     f"({SCHEMA}, {LEFT_FOR_BACKWARD}, Tensor jacobian) -> Tensor",
 )
 

@@ -149,6 +149,15 @@ class Operands(NamedTuple):
         """How many ``rows`` are."""
         return self.hidden.shape[0] if rows is None else rows.numel()
 
+    def note_rows(self, rows: Tensor | None, out: Tensor, n_rows: Tensor) -> None:
+        """Write which rows are projected, for the backward pass; nothing where all are."""
+        if not self.compacts():
+            return
+        n_rows.fill_(self.count(rows))
+        out.zero_()
+        if rows is not None:
+            out[: len(rows)] = rows
+
     def chosen_labels(self, rows: Tensor | None) -> Tensor | None:
         """The labels of ``rows``."""
         return None if self.labels is None else take(self.labels, rows)
