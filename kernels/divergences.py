@@ -22,6 +22,7 @@ from .numerics import (
     transform_arguments,
     transform_logits,
 )
+from .tiles import load_logits
 
 BLOCK = 2048
 FEWEST_COLUMNS = 128  # of a block: at least one for each thread
@@ -359,28 +360,14 @@ def _logits_of_both(
     EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits (BLOCK,) of two rows from `start` on, -inf past their end; the first's damping."""
-    z, damping = _logits(row_ptr, start, width, inner, outer, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK)
-    other, _ = _logits(
-        other_ptr, start, width, other_inner, other_outer,
-        OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
+    z, damping = load_logits(
+        row_ptr, start, width, -1, inner, outer, False, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK
+    )
+    other, _ = load_logits(
+        other_ptr, start, width, -1, other_inner, other_outer,
+        False, OTHER_HAS_SOFTCAP, OTHER_HAS_FACTOR, EVEN, BLOCK,
     )  # fmt: skip
     return z, damping, other
-
-
-@triton.jit
-def _logits(
-    row_ptr, start, width, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    column = start + tl.arange(0, BLOCK)
-    if EVEN:
-        x = tl.load(row_ptr + column)
-    else:
-        x = tl.load(row_ptr + column, mask=column < width, other=0.0)
-    z, damping = transform_logits(x, inner, outer, HAS_SOFTCAP, HAS_FACTOR)
-    if not EVEN:
-        z = tl.where(column < width, z, -float("inf"))
-    return z, damping
 
 
 @triton.jit

@@ -208,14 +208,14 @@ def _fold_tile_kernel(
             # No thread goes on to overwrite the tile before all have read the label's logit.
             tl.debug_barrier()
 
-    z, damping = _logits(
+    z, damping = load_logits(
         tile_ptr, 0, width, label, inner, outer,
         labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
     )  # fmt: skip
     largest = tl.max(z, axis=0)
     if SEVERAL_BLOCKS:
         for start in range(BLOCK, width, BLOCK):
-            later, _ = _logits(
+            later, _ = load_logits(
                 tile_ptr, start, width, label, inner, outer,
                 labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
             )  # fmt: skip
@@ -233,7 +233,7 @@ def _fold_tile_kernel(
     tile_shortfall = 0.0
     for start in range(0, width if SEVERAL_BLOCKS else BLOCK, BLOCK):
         if SEVERAL_BLOCKS:
-            z, damping = _logits(
+            z, damping = load_logits(
                 tile_ptr, start, width, label, inner, outer,
                 labels_ptr is not None, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
             )  # fmt: skip
@@ -277,7 +277,7 @@ def _gradient_tile_kernel(
     start = tl.program_id(1) * BLOCK
     column = start + tl.arange(0, BLOCK)
     # The label's own logit is not hidden: it may lie far above the reference, but is overwritten.
-    z, damping = _logits(
+    z, damping = load_logits(
         tile_ptr + row * tile_stride, start, width, -1, inner, outer,
         False, HAS_SOFTCAP, HAS_FACTOR, EVEN, BLOCK,
     )  # fmt: skip
@@ -337,7 +337,7 @@ def _label_column(label_ptr, vocab_start, width):
 
 
 @triton.jit
-def _logits(
+def load_logits(
     row_ptr, start, width, label, inner, outer,
     HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr,
