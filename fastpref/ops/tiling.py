@@ -19,6 +19,8 @@ ACCELERATOR_TILE_BYTES = 128 * 2**20
 ACCELERATOR_OPERAND_BYTES = 128 * 2**20
 # Two tiles of some rows and the whole vocabulary: so many rows share one reading of two heads.
 CPU_BLOCK_BYTES = 192 * 2**20
+CPU_BLOCKS = 4  # at least, so that a block is a small part of all logits; but of few rows
+CPU_FEWEST_ROWS = 64
 ACCELERATOR_BLOCK_BYTES = 512 * 2**20
 # What is computed elementwise goes through a CPU's cache in pieces, of which several are needed.
 CPU_PIECE_BYTES = 768 * 2**10
@@ -122,8 +124,10 @@ def rows_per_block(rows: int, vocab_size: int, like: Tensor) -> int:
     """For what needs two numbers of every token at once: blocks of rows, all alike."""
     on_cpu = like.device.type == "cpu"
     budget = CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES
-    largest = budget // (2 * padded(vocab_size) * like.dtype.itemsize)
-    return _even_step(rows, max(1, min(largest, ROWS_PER_TILE)), multiple=1)
+    largest = min(budget // (2 * padded(vocab_size) * like.dtype.itemsize), ROWS_PER_TILE)
+    if on_cpu:
+        largest = min(largest, max(CPU_FEWEST_ROWS, -(-rows // CPU_BLOCKS)))
+    return _even_step(rows, max(1, largest), multiple=1)
 
 
 def rows_per_piece(vocab_size: int, like: Tensor) -> int:

@@ -115,6 +115,13 @@ def test_memory_is_two_blocks_and_flat(name, trained, ignored, monkeypatch):
     assert growth < ROWS * 4 * (6 * WIDTH + TEACHER_WIDTH + 32)
 
 
+def test_a_block_is_a_quarter_of_a_small_batch(monkeypatch):
+    monkeypatch.setattr(tiling, "CPU_PIECE_BYTES", 4 * 4 * VOCAB)
+    rows = 4 * tiling.CPU_FEWEST_ROWS
+    logits = 2 * rows * 4 * VOCAB
+    assert peak_bytes_of(step(rows=rows)) < 1.1 * logits / 4 + 5 * tiling.CPU_PIECE_BYTES
+
+
 def test_the_cache_stays_within_its_budget(monkeypatch):
     monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", 2 * 16 * 4 * VOCAB)
     budget = 10 * 4 * VOCAB
