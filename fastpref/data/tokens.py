@@ -80,6 +80,17 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, str | None]:
     }
 
 
+def check_same_vocabulary(argument: str, tokenizer: Any, students: Any, *, when: str = "") -> None:
+    """Refuse the tokenizer of a model that cannot read the student's tokens."""
+    key = "tokenizer_digest"
+    if tokenizer_settings(tokenizer)[key] != tokenizer_settings(students)[key]:
+        refuse(
+            argument,
+            f"the student's vocabulary, since it reads the student's tokens{when}",
+            f"another one (tokenizers {tokenizer.name_or_path!r} and {students.name_or_path!r})",
+        )
+
+
 def pad_pairs(pairs: list[TokenizedPair]) -> tuple[Tensor, Tensor, Tensor]:
     """Stack B pairs: tokens (2B, T + 1), attention mask (2B, T + 1) and shifted labels (2B, T)."""
     width = max(max(pair.length() for pair in pairs), 2)

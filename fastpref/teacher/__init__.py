@@ -3,8 +3,8 @@
 from fastpref.data.rows import BadRow, BadRowsError, read_rows
 from fastpref.teacher.actions import action_rewards
 from fastpref.teacher.model import load_teacher
-from fastpref.teacher.precompute import add_shaping, load_shaping
 from fastpref.teacher.shaping import shaping_from_values, teacher_shaping
+from fastpref.teacher.shaping_columns import add_shaping, load_shaping
 
 __all__ = [
     "BadRow",

@@ -1,4 +1,4 @@
-"""Loading a teacher, and recognising it again."""
+"""Loading models, and recognising them again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from fastpref.checks import check_choice
 from fastpref.extras import require_extra
+from fastpref.ops import Head
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -40,30 +42,46 @@ def load_teacher(
     """
     check_choice("dtype", dtype, get_args(Dtype))
     require_extra("teacher", "fastpref.teacher.load_teacher", "accelerate", "transformers")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    tokenizer = load_tokenizer("teacher", name)
     device = this_process().device
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    options: dict[str, Any] = {}
-    source = name
-    if name.endswith(".gguf"):
-        source, options["gguf_file"] = str(Path(name).parent), Path(name).name
     placed = {} if device_map is None else {"device_map": device_map}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), **placed, **options
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"teacher: expected a model folder, a .gguf file or a name on the Hub, got {name!r} "
-            f"({reason})"
-        ) from error
+    model: Any = _load("teacher", AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **placed)
     if device_map is None and model.device.type != device.type:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(argument: str, name: str) -> Any:
+    """The tokenizer of a model that an argument names as `load_teacher` takes names."""
+    from transformers import AutoTokenizer
+
+    return _load(argument, AutoTokenizer, name)
+
+
+def load_head(argument: str, name: str) -> Any:
+    """A model whose head alone is read, in float32 on the CPU: in as many digits as it has."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(argument, AutoModelForCausalLM, name, dtype=torch.float32)
+
+
+def _load(argument: str, kind: Any, name: str, **options: Any) -> Any:
+    """What transformers loads under a name."""
+    source = name
+    if name.endswith(".gguf"):
+        source, options["gguf_file"] = str(Path(name).parent), Path(name).name
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{argument}: expected a model folder, a .gguf file or a name on the Hub, "
+            f"got {name!r} ({reason})"
+        ) from error
 
 
 def model_settings(model: Any) -> dict[str, str]:
@@ -72,16 +90,30 @@ def model_settings(model: Any) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta":
-            flat = parameter.detach().reshape(-1)
             # A few numbers of each are enough to tell two trainings of one model apart.
-            sample = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes_of_some(parameter, 64))
     return {
         "model": str(model.config.name_or_path),
         "model_type": str(model.config.model_type),
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_digest": digest.hexdigest()[:16],
     }
+
+
+def head_digest(head: Head) -> str:
+    """What tells one head from another, whatever dtype holds its numbers."""
+    digest = hashlib.sha256(f"{tuple(head.weight.shape)} {head.logit_scale}".encode())
+    for tensor in (head.weight, head.bias):
+        if tensor is not None:
+            digest.update(_bytes_of_some(tensor, 4096, torch.float32))
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of_some(tensor: Tensor, count: int, dtype: torch.dtype | None = None) -> bytes:
+    """So many numbers of a tensor, evenly spread."""
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // count)][:count].contiguous().cpu()
+    return bytes(sample.to(dtype or sample.dtype).view(torch.uint8).numpy().tobytes())
 
 
 def this_process() -> Any:

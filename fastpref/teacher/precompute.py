@@ -1,130 +1,67 @@
-"""The teacher's signal for a whole dataset: one number per response."""
+"""What a teacher says of a whole dataset, as columns: common to everything that is precomputed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_choice, check_number, refuse
-from fastpref.data.rows import BadRowsError, read_rows
+from fastpref.checks import refuse
+from fastpref.data.rows import RESPONSES, BadRowsError, read_rows
 from fastpref.data.tokens import (
-    IGNORE_INDEX,
     TokenizedPair,
     check_max_length,
     pad_pairs,
     tokenize_rows,
     tokenizer_settings,
 )
-from fastpref.extras import require_extra
 from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 from fastpref.ops import Head
-from fastpref.sequences import labels_of_states
 from fastpref.teacher.model import model_settings, this_process
-from fastpref.teacher.shaping import (
-    Form,
-    Potential,
-    Terminal,
-    check_signal,
-    shaping_from_values,
-    state_potentials,
-    teacher_shaping,
-)
 from fastpref.teacher.store import (
     FinishedBatches,
     check_settings,
     read_settings,
-    shaping_feature,
-    to_float32,
+    stored,
     write_dataset,
 )
 
 if TYPE_CHECKING:
     import datasets
 
-
-class ShapingOptions(NamedTuple):
-    """What the shaping of a response is; see `fastpref.teacher_shaping`."""
-
-    potential: Potential = "value"
-    temperature: float = 1.0
-    gamma: float = 1.0
-    terminal: Terminal = "bootstrap"
-    form: Form = "difference"
+MODULES = ("accelerate", "datasets", "safetensors", "tqdm", "transformers", "trl")
+COUNTS = "counts"  # (S,) of each response's tokens, beside results that have one entry per token
+BYTES_AT_ONCE = 64 * 2**20  # of columns that are written
+ROWS_AT_ONCE = 1000
 
 
-def add_shaping(
-    dataset: datasets.Dataset | Iterable[Mapping[str, Any]] | str | Path,
+class Job(NamedTuple):
+    """What is precomputed: all that differs between one precompute and another."""
+
+    name: str  # beside the progress bar
+    of_batch: Callable[[Tensor, Head, Tensor], dict[str, Tensor]]  # of `read_states`
+    features: dict[str, Any]  # of the columns, by what follows "chosen_" and "rejected_"
+    settings: dict[str, Any]  # which results depend on, beside those of model, tokens and rows
+    finite: str  # the result that is finite where the model is
+    sides: tuple[str, ...] = RESPONSES  # whose responses are read
+
+
+def precompute(
+    job: Job,
+    dataset: Any,
     model: Any,
     tokenizer: Any,
-    output: str | Path,
+    output: Path,
     *,
-    potential: Potential = "value",
-    temperature: float = 1.0,
-    gamma: float = 1.0,
-    terminal: Terminal = "bootstrap",
-    form: Form = "difference",
-    per_token: bool = False,
-    max_length: int | None = None,
-    batch_size: int = 8,
-    skip_bad_rows: bool = False,
+    max_length: int | None,
+    batch_size: int,
+    skip_bad_rows: bool,
 ) -> datasets.Dataset:
-    r"""Add a teacher's shaping to every row of a preference dataset.
-
-    .. math:: \Psi(y) = \sum_t \gamma \phi(s_{t+1}) - \phi(s_t)
-
-    TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025). Telescoping makes it one number
-    per response. It belongs to the *teacher's* tokens: the student may have another tokenizer and
-    template. A precompute that was killed goes on where it stopped and ends in the same numbers.
-    Under ``torchrun`` or ``accelerate launch`` the processes share the batches.
-
-    Args:
-        dataset: Preference pairs in TRL's standard or conversational format, with a ``prompt``
-            or with one that ``chosen`` and ``rejected`` repeat: a dataset, an iterable of rows, a
-            JSON-lines or Parquet file, or a name on the Hub, whose split "train" is read.
-        model: The teacher, a causal language model of transformers, on its device; left in
-            evaluation mode.
-        tokenizer: The teacher's own tokenizer, whose chat template is applied as TRL's
-            ``DPOTrainer`` does.
-        output: The Parquet file to write. ``<output>.partial`` beside it keeps what is done.
-        potential: As in `fastpref.teacher_shaping`, and so the next four.
-        temperature: In the unit of the logits.
-        gamma: Discount.
-        terminal: The potential after the last token.
-        form: Of the sum.
-        per_token: Also add the potential of every state of a response.
-        max_length: Cut sequences after so many of the teacher's tokens, as TRL's ``max_length``.
-        batch_size: Pairs per batch. Another batch size may round other last digits.
-        skip_bad_rows: Leave rows out that cannot be used, instead of refusing them all.
-
-    Returns:
-        The dataset with columns ``chosen_shaping`` and ``rejected_shaping``, float32 in the unit of
-        the potential, and with ``per_token`` ``chosen_values`` and ``rejected_values``, lists of
-        (T + 1) float32.
-
-    Raises:
-        ValueError: Rows that cannot be used, by their index; a model whose head fastpref does not
-            know; an output that was made with other settings; a setting out of range.
-        ImportError: Without the extra "teacher".
-
-    Example:
-        >>> from fastpref.teacher import add_shaping, load_teacher
-        >>> def precompute(name, pairs):
-        ...     model, tokenizer = load_teacher(name)
-        ...     return add_shaping(pairs, model, tokenizer, "pairs-with-values.parquet")
-    """
-    options = ShapingOptions(potential, temperature, gamma, terminal, form)
-    output = Path(output)
-    check_arguments(output, options, max_length, batch_size)
-    require_extra(
-        "teacher",
-        "fastpref.teacher.add_shaping",
-        *("accelerate", "datasets", "safetensors", "tqdm", "transformers", "trl"),
-    )
+    """Write a dataset with the columns of a job, or go on where an earlier run was stopped."""
     head = lm_head_of(model)
     model.eval()
     rows = _rows_of(dataset)
@@ -139,8 +76,7 @@ def add_shaping(
     settings: dict[str, Any] = {
         **model_settings(model),
         **tokenizer_settings(tokenizer),
-        **options._asdict(),
-        "per_token": per_token,
+        **job.settings,
         "max_length": max_length,
         "batch_size": batch_size,
         "rows_digest": _digest(pairs),
@@ -148,68 +84,40 @@ def add_shaping(
     }
     state = this_process()
     if output.exists():
-        found = load_shaping(output, **settings)
+        found = load(output, settings)
         FinishedBatches.discard(output)
         return found
     finished = FinishedBatches(output, settings)
     batches = plan(pairs, batch_size)
-    for number, batch in _with_progress(batches, finished, state):
-        states, labels = read_states(model, head, batch, check=number < state.num_processes)
-        results = shape_batch(states, head, labels, options, per_token=per_token)
-        _check_finite(results["shaping"], batch)
-        finished.save(number, {name: to_float32(values) for name, values in results.items()})
+    for number, batch in _with_progress(job.name, batches, finished, state):
+        check = number < state.num_processes
+        states, labels = read_states(model, head, batch, check=check, sides=len(job.sides))
+        results = job.of_batch(states, head, labels)
+        _check_finite(results[job.finite], results.get(COUNTS), batch)
+        finished.save(number, {name: stored(values) for name, values in results.items()})
     state.wait_for_everyone()
     if state.is_main_process:
-        found = _add_columns(rows, batches, finished, per_token, max_length)
-        write_dataset(found, output, settings, finished.folder)
+        _write(job, rows, batches, finished, output, settings)
         FinishedBatches.discard(output)
     state.wait_for_everyone()
-    return load_shaping(output)
+    return load(output, {})
 
 
-def load_shaping(file: str | Path, **expected: Any) -> datasets.Dataset:
-    """Load a dataset that `add_shaping` or ``fastpref values`` wrote, and hold it to its settings.
-
-    Args:
-        file: The Parquet file.
-        **expected: Settings that it must have been made with: ``model``, ``tokenizer``,
-            ``chat_template``, ``dtype``, ``potential``, ``temperature``, ``gamma``, ``terminal``,
-            ``form``, ``max_length``, ``batch_size`` and the others in the file.
-
-    Returns:
-        The dataset; see `add_shaping`.
-
-    Raises:
-        ValueError: A file that was made with other settings, or not by fastpref.
-        ImportError: Without the extra "teacher".
-
-    Example:
-        >>> def load():
-        ...     return load_shaping("pairs-with-values.parquet", potential="value", gamma=1.0)
-    """
-    require_extra("teacher", "fastpref.teacher.load_shaping", "datasets")
+def load(file: Path, expected: Mapping[str, Any]) -> datasets.Dataset:
+    """A dataset that `precompute` wrote; refused is one that was made with other settings."""
     import datasets
 
-    file = Path(file)
     check_settings(file, read_settings(file), expected)
     return datasets.Dataset.from_parquet(str(file))
 
 
-def check_arguments(
-    output: Path, options: ShapingOptions, max_length: int | None, batch_size: int
-) -> None:
+def check_run(output: Path, max_length: int | None, batch_size: int) -> None:
     """Refuse what would fail only after the model has been loaded."""
     if output.suffix != ".parquet":
         refuse("output", "a file name that ends in .parquet", repr(str(output)))
     if batch_size < 1:
         refuse("batch_size", "a number of pairs, at least 1", repr(batch_size))
     check_max_length(max_length)
-    check_choice("potential", options.potential, get_args(Potential))
-    check_choice("terminal", options.terminal, get_args(Terminal))
-    check_choice("form", options.form, get_args(Form))
-    check_number("temperature", options.temperature, above=0)
-    check_number("gamma", options.gamma, at_least=0)
-    check_signal(options.terminal, options.form, options.gamma)
 
 
 def plan(pairs: list[TokenizedPair], batch_size: int) -> list[list[TokenizedPair]]:
@@ -220,10 +128,13 @@ def plan(pairs: list[TokenizedPair], batch_size: int) -> list[list[TokenizedPair
 
 @torch.no_grad()
 def read_states(
-    model: Any, head: Head, batch: list[TokenizedPair], *, check: bool
+    model: Any, head: Head, batch: list[TokenizedPair], *, check: bool, sides: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """What the teacher's head reads (2B, T + 1, H), and labels (2B, T), on the head's device."""
-    tokens, attention, labels = pad_pairs(batch)
+    """What the teacher's head reads (S, T + 1, H), and labels (S, T), on the head's device.
+
+    S is B chosen responses, and as many rejected ones where there are two ``sides``.
+    """
+    tokens, attention, labels = (one[: sides * len(batch)] for one in pad_pairs(batch))
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":  # off-loaded: its hooks move what it reads
         device = torch.device("cpu")
@@ -235,51 +146,23 @@ def read_states(
     return states.to(head.weight.device), labels.to(head.weight.device)
 
 
-@torch.no_grad()
-def shape_batch(
-    states: Tensor,  # (2B, T + 1, H)
-    head: Head,
-    labels: Tensor,  # (2B, T)
-    options: ShapingOptions,
-    *,
-    per_token: bool,
-) -> dict[str, Tensor]:
-    """``shaping`` (2B,), and with ``per_token`` ``values`` (n,) of all responses' states, flat."""
-    if not per_token:
-        shaping = teacher_shaping(
-            states,
-            head,
-            labels,
-            **options._asdict(),
-        )
-        return {"shaping": shaping}
-    # A state belongs to a response where it predicts a token of it, or follows the last one.
-    predicts = labels_of_states(labels, None, IGNORE_INDEX) != IGNORE_INDEX
-    in_response = predicts | predicts.roll(1, dims=1)
-    values = state_potentials(
-        states,
-        head,
-        torch.where(in_response, 0, IGNORE_INDEX),
-        potential=options.potential,
-        temperature=options.temperature,
-        ignore_index=IGNORE_INDEX,
-    )
-    shaping = shaping_from_values(
-        values, labels, gamma=options.gamma, terminal=options.terminal, form=options.form
-    )
-    return {"shaping": shaping, "values": values[in_response], "counts": in_response.sum(1)}
+def _check_finite(values: Tensor, counts: Tensor | None, batch: list[TokenizedPair]) -> None:
+    """Refuse numbers of responses, or with ``counts`` of their tokens, that are not finite.
 
-
-def _check_finite(shaping: Tensor, batch: list[TokenizedPair]) -> None:
-    wrong = ~shaping.isfinite().view(2, -1).all(0)
-    if bool(wrong.any()):
-        numbers = [
-            pair.row for pair, is_wrong in zip(batch, wrong.tolist(), strict=True) if is_wrong
-        ]
-        raise ValueError(
-            f"model: expected finite values, got NaN or infinity for rows {numbers}; "
-            "float16 may overflow where bfloat16 or float32 do not"
-        )
+    Of several numbers of a token the first says it.
+    """
+    wrong = ~values.reshape(len(values), -1)[:, 0].isfinite()
+    if not bool(wrong.any()):
+        return
+    pairs = torch.arange(len(values) if counts is None else len(counts)) % len(batch)
+    if len(pairs) != len(values):
+        assert counts is not None
+        pairs = pairs.repeat_interleave(counts.cpu())
+    rows = sorted({batch[pair].row for pair in pairs[wrong.cpu()].tolist()})
+    raise ValueError(
+        f"model: expected finite values, got NaN or infinity for rows {rows}; "
+        "float16 may overflow where bfloat16 or float32 do not"
+    )
 
 
 def _rows_of(dataset: Any) -> Any:
@@ -292,7 +175,7 @@ def _rows_of(dataset: Any) -> Any:
 
 
 def _with_progress(
-    batches: list[list[TokenizedPair]], finished: FinishedBatches, state: Any
+    name: str, batches: list[list[TokenizedPair]], finished: FinishedBatches, state: Any
 ) -> Iterator[tuple[int, list[TokenizedPair]]]:
     """This process's batches that are not done yet, under a bar that counts pairs."""
     from tqdm import tqdm
@@ -302,7 +185,7 @@ def _with_progress(
     bar = tqdm(
         total=sum(len(batches[number]) for number in mine),
         initial=done,
-        desc="teacher values",
+        desc=name,
         unit="pair",
         disable=not state.is_main_process,
     )
@@ -313,45 +196,72 @@ def _with_progress(
                 bar.update(len(batches[number]))
 
 
-def _add_columns(
+class _Place(NamedTuple):
+    """Where the results of a row are."""
+
+    batch: int
+    position: int  # of its chosen response
+    pairs: int  # in the batch: so much further on is its rejected response
+
+
+def _write(
+    job: Job,
     rows: Any,
     batches: list[list[TokenizedPair]],
     finished: FinishedBatches,
-    per_token: bool,
-    max_length: int | None,
-) -> datasets.Dataset:
-    """The rows of all batches in their first order, with the columns that were computed."""
+    output: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Write the rows of all batches in their first order, with the columns that were computed.
+
+    The columns need not fit into memory: some rows at a time are read and written.
+    """
     import datasets
 
-    found: dict[int, dict[str, Any]] = {}
-    for number, batch in enumerate(batches):
-        results = finished.load(number)
-        shaping = results["shaping"].tolist()
-        values: list[list[float]] = []
-        if per_token:
-            counts = results["counts"].int().tolist()
-            values = [part.tolist() for part in torch.split(results["values"], counts)]
-        for position, pair in enumerate(batch):
-            found[pair.row] = new = {}
-            for side, at in (("chosen", position), ("rejected", position + len(batch))):
-                new[f"{side}_shaping"] = shaping[at]
-                if per_token:
-                    new[f"{side}_values"] = values[at]
-    kept = sorted(found)
+    places = {
+        pair.row: _Place(number, position, len(batch))
+        for number, batch in enumerate(batches)
+        for position, pair in enumerate(batch)
+    }
+    kept = sorted(places)
     dataset = (
         rows.select(kept)
         if hasattr(rows, "select")
         else datasets.Dataset.from_list([rows[index] for index in kept])
     )
-    for column in found[kept[0]]:
-        is_shaping = column.endswith("_shaping")
-        values_feature = datasets.List(datasets.Value("float32"))
-        feature = shaping_feature(max_length) if is_shaping else values_feature
-        numbers = [found[index][column] for index in kept]
-        if column in dataset.column_names:
-            dataset = dataset.remove_columns(column)
-        dataset = dataset.add_column(column, numbers, feature=feature)
-    return dataset
+
+    def columns(chosen: range) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for index in chosen:
+            place = places[kept[index]]
+            with finished.open(place.batch) as results:
+                for side, name in enumerate(job.sides):
+                    response = place.position + side * place.pairs
+                    for ending, feature in job.features.items():
+                        per_token = isinstance(feature, datasets.List)
+                        value = _of_response(results, ending, response, per_token)
+                        found.setdefault(f"{name}_{ending}", []).append(value)
+        return found
+
+    with finished.open(0) as longest:
+        size = sum(longest.get_tensor(name).nbytes for name in longest.keys())
+    step = BYTES_AT_ONCE * len(batches[0]) // max(size, 1)
+    features = {f"{name}_{ending}": job.features[ending] for name in job.sides
+                for ending in job.features}  # fmt: skip
+    write_dataset(
+        dataset, columns, features, output, settings, finished.folder,
+        step=min(max(step, 1), ROWS_AT_ONCE),
+    )  # fmt: skip
+
+
+def _of_response(results: Any, ending: str, response: int, per_token: bool) -> Tensor:
+    """One response's part of a result: its entry, or those of its tokens."""
+    start, count = response, 1
+    if per_token:
+        counts = results.get_tensor(COUNTS)
+        start, count = int(counts[:response].sum()), int(counts[response])
+    part: Tensor = results.get_slice(ending)[start : start + count]
+    return part if per_token else part.squeeze(0)
 
 
 def _digest(pairs: list[TokenizedPair]) -> str:

@@ -7,9 +7,11 @@ dataset is one Parquet file, which carries what it was made with.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
     import datasets
 
 METADATA = b"fastpref"
-# Goes wherever a dataset goes, as a note on its columns of shaping.
-MAX_LENGTH_NOTE = "made by fastpref with max_length="
+# Goes wherever a dataset goes, as a note on a column.
+NOTE = "made by fastpref with "
 Settings = Mapping[str, Any]
+Columns = Callable[[range], dict[str, list[Tensor]]]  # of some rows: a tensor per row
 
 
 class FinishedBatches:
@@ -50,11 +53,11 @@ class FinishedBatches:
         save_file(results, temporary)
         os.replace(temporary, file)
 
-    def load(self, number: int) -> dict[str, Tensor]:
-        """Results of a batch that is done."""
-        from safetensors.torch import load_file
+    def open(self, number: int) -> Any:
+        """Results of a batch that is done, of which parts can be read."""
+        from safetensors import safe_open
 
-        return load_file(self._file(number))
+        return safe_open(self._file(number), framework="pt")
 
     @classmethod
     def discard(cls, output: Path) -> None:
@@ -84,20 +87,50 @@ def check_settings(where: Path, found: Settings, expected: Settings) -> None:
 
 
 def write_dataset(
-    dataset: datasets.Dataset, output: Path, settings: Settings, folder: Path
+    dataset: datasets.Dataset,
+    columns: Columns,
+    features: Mapping[str, Any],
+    output: Path,
+    settings: Settings,
+    folder: Path,
+    *,
+    step: int,
 ) -> None:
-    """Write a dataset and its settings as one Parquet file, first in a folder beside it."""
+    """Write a dataset, new columns and settings as one Parquet file, first in a folder beside it.
+
+    ``columns`` gives the values of a stretch of rows, ``step`` at once, ``features`` their types. A
+    column of the dataset that has the name of a new one makes way for it.
+    """
+    import datasets
     import pyarrow.parquet
 
     temporary = folder / "dataset.parquet"
+    dataset = dataset.remove_columns([one for one in features if one in dataset.column_names])
     # Arrow keeps the features of the dataset in the schema, where ours go beside them.
-    schema = dataset.features.arrow_schema
+    schema = datasets.Features({**dataset.features, **features}).arrow_schema
     metadata = {**(schema.metadata or {}), METADATA: json.dumps(settings).encode()}
     schema = schema.with_metadata(metadata)
+    start = 0
     with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-        for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        for batch in dataset.with_format("arrow").iter(batch_size=step):
+            added = columns(range(start, start + batch.num_rows))
+            start += batch.num_rows
+            for name in features:
+                batch = batch.append_column(name, _arrow(added[name]))
             writer.write_table(batch.cast(schema))
     os.replace(temporary, output)
+
+
+def _arrow(values: list[Tensor]) -> Any:
+    """Tensors (), (n,) or (n, k), one of each row, as numbers, lists, or lists of lists."""
+    import pyarrow
+
+    found = pyarrow.array(torch.cat([one.reshape(-1) for one in values]).numpy())
+    for level in reversed(range(values[0].dim())):
+        lengths = (one.shape[level] for one in values for _ in range(math.prod(one.shape[:level])))
+        offsets = pyarrow.array(list(accumulate(lengths, initial=0)), pyarrow.int32())
+        found = pyarrow.ListArray.from_arrays(offsets, found)
+    return found
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -111,26 +144,29 @@ def read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def shaping_feature(max_length: int | None) -> Any:
-    """The type of a column of shaping, which remembers where sequences were cut."""
+def noted(dtype: str, **settings: Any) -> Any:
+    """A type of numbers that remembers what they were made with."""
     import datasets
 
-    return datasets.Value("float32", id=f"{MAX_LENGTH_NOTE}{max_length}")
+    return datasets.Value(dtype, id=NOTE + json.dumps(settings))
 
 
-def made_with_max_length(dataset: Any) -> tuple[bool, int | None]:
-    """Whether a dataset's shaping says where its sequences were cut, and where they were."""
-    feature = (dataset.features or {}).get("chosen_shaping")
+def note_of(dataset: Any, column: str) -> dict[str, Any] | None:
+    """What a column of numbers, or of lists of them, remembers; None for columns of others."""
+    feature = (dataset.features or {}).get(column)
+    while hasattr(feature, "feature"):  # of a list
+        feature = feature.feature
     note = str(getattr(feature, "id", None))
-    if not note.startswith(MAX_LENGTH_NOTE):
-        return False, None
-    number = note.removeprefix(MAX_LENGTH_NOTE)
-    return True, None if number == "None" else int(number)
+    if not note.startswith(NOTE):
+        return None
+    settings: dict[str, Any] = json.loads(note.removeprefix(NOTE))
+    return settings
 
 
-def to_float32(values: Tensor) -> Tensor:
-    """Results as they are stored: float32 on the CPU."""
-    return values.to("cpu", torch.float32).contiguous()
+def stored(values: Tensor) -> Tensor:
+    """Results as they are stored: float32 or int32, on the CPU."""
+    dtype = torch.float32 if values.is_floating_point() else torch.int32
+    return values.to("cpu", dtype).contiguous()
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -17,7 +17,8 @@ import fastpref
 from fastpref.data.tokens import tokenize_rows
 from fastpref.models.lm_head import lm_head_of
 from fastpref.teacher import add_shaping, load_shaping, load_teacher
-from fastpref.teacher.precompute import ShapingOptions, plan, read_states, shape_batch
+from fastpref.teacher.precompute import plan, read_states
+from fastpref.teacher.shaping_columns import ShapingOptions, shape_batch
 from fastpref.teacher.store import FinishedBatches, read_settings
 
 SIDES = ("chosen", "rejected")

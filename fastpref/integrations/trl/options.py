@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastpref.checks import Bounds, NonNegative, Positive, check_number, refuse
-from fastpref.teacher.precompute import ShapingOptions
 from fastpref.teacher.shaping import Form, Potential, Terminal, check_signal
+from fastpref.teacher.shaping_columns import ShapingOptions
 
 Kind = Literal[
     "jsd",

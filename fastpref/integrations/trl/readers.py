@@ -12,8 +12,7 @@ from transformers import AutoTokenizer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from fastpref.checks import refuse
-from fastpref.data.tokens import tokenizer_settings
+from fastpref.data.tokens import check_same_vocabulary
 from fastpref.integrations.trl.passes import BOTH, Reading, Sides
 from fastpref.models.fused_head import add_fused_head
 from fastpref.ops import Head
@@ -35,20 +34,9 @@ class Reader:
 
     def join(self, trainer: Any) -> None:
         """Check that it reads the student's tokens; place it as TRL places a reference."""
-        key = "tokenizer_digest"
-        theirs, student = self.tokenizer, trainer._tokenizer
-        if tokenizer_settings(theirs)[key] != tokenizer_settings(student)[key]:
-            advice = (
-                " (precompute_shaping=True or `fastpref values` let a teacher read its own)"
-                if "shaping" in self.signals
-                else ""
-            )
-            refuse(
-                self.argument,
-                "the student's vocabulary, since it reads the student's tokens in every step"
-                + advice,
-                f"another one (tokenizers {theirs.name_or_path!r} and {student.name_or_path!r})",
-            )
+        advice = " (precompute_shaping=True or `fastpref values` let a teacher read its own)"
+        when = " in every step" + (advice if "shaping" in self.signals else "")
+        check_same_vocabulary(self.argument, self.tokenizer, trainer._tokenizer, when=when)
         self.model.eval().requires_grad_(False)
         add_fused_head(self.model)
         self.spread = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
