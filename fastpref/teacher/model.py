@@ -62,11 +62,11 @@ def load_tokenizer(argument: str, name: str) -> Any:
     return _load(argument, AutoTokenizer, name)
 
 
-def load_head(argument: str, name: str) -> Any:
-    """A model whose head alone is read, in float32 on the CPU: in as many digits as it has."""
+def load_student(name: str) -> Any:
+    """A model of which the head alone is read: in float32, which has all its digits, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    return _load(argument, AutoModelForCausalLM, name, dtype=torch.float32)
+    return _load("student", AutoModelForCausalLM, name, dtype=torch.float32)
 
 
 def _load(argument: str, kind: Any, name: str, **options: Any) -> Any:

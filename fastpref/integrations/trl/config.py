@@ -22,6 +22,7 @@ from fastpref.checks import (
 )
 from fastpref.integrations.trl.options import (
     advantage_options,
+    cache_options,
     divergence_options,
     reference_options,
     sampling_options,
@@ -81,9 +82,17 @@ def _sources(method: str) -> list[Callable[..., Any]]:
         sources.append(reference_options)
     if "advantages" in inputs:
         sources.append(advantage_options)
+    if reads_teacher(method):
+        sources.append(cache_options)
     if method in OPEN_DIVERGENCE:
         sources += [divergence_options, sampling_options]
     return sources
+
+
+def reads_teacher(method: str) -> bool:
+    """Whether a loss is compared with a teacher at every token."""
+    inputs = inputs_of(method)
+    return "divergences" in inputs and "ref_logps" not in inputs
 
 
 def _help(name: str, function: Callable[..., Any]) -> str:
@@ -134,7 +143,7 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
     default where it is not set. What a loss reads has options, too: ``precompute_shaping`` and
     those of `fastpref.teacher_shaping`, whose ``temperature`` is ``value_temperature``;
     ``reference_free`` where a reference is optional; ``divergence``, ``lmbda`` and others of GKD;
-    ``advantage_clip``. Refused are options that the method does not have, values out of range, and
+    ``advantage_clip``; ``topk_tail`` where the dataset has a teacher's likeliest tokens. Refused are options that the method does not have, values out of range, and
     another loss of DPOConfig.
 
     Several methods are trained at once, as the sum of their losses: ``method_weights`` weighs
@@ -236,6 +245,10 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         if method not in OPEN_DIVERGENCE:
             return {"kind": "forward_kl"}
         return divergence_options(**self.options_of(divergence_options))
+
+    def topk_tail_of_columns(self) -> str:
+        """The ``tail`` of `fastpref.linear_topk_divergence`."""
+        return cache_options(**self.options_of(cache_options))
 
     def advantage_clipping(self) -> tuple[float, float] | None:
         """The ``clip`` of `fastpref.linear_divergence` for advantages."""

@@ -20,6 +20,7 @@ Kind = Literal[
     "total_variation",
     "jeffreys",
 ]
+Tail = Literal["bucket", "drop", "renormalize"]
 Probability = Annotated[float, Bounds(at_least=0, at_most=1)]
 Count = Annotated[int, Bounds(at_least=1)]
 
@@ -84,6 +85,16 @@ def divergence_options(
         "alpha": skew_alpha,
         "temperature": divergence_temperature,
     }
+
+
+def cache_options(*, topk_tail: Tail = "bucket") -> str:
+    """The ``tail`` of `fastpref.linear_topk_divergence`, for methods that read a teacher's columns.
+
+    Args:
+        topk_tail: Where a dataset has the teacher's likeliest tokens only, what counts of all
+            others: their sum, nothing, or nothing with the likeliest scaled to a sum of 1.
+    """
+    return topk_tail
 
 
 def sampling_options(

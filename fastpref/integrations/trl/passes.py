@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,18 @@ from fastpref.ops import (
     DivergenceWithStats,
     Head,
     LogpsWithStats,
+    TeacherMeans,
+    linear_cached_kl,
+    linear_cached_kl_with_stats,
     linear_divergence,
     linear_divergence_with_stats,
     linear_logps_with_stats,
     linear_stats,
+    linear_topk_divergence,
+    linear_topk_divergence_with_stats,
 )
 from fastpref.responses import sum_responses
+from fastpref.teacher.kd_cache import BIASES, ENTROPIES, TOKEN_IDS, TOKEN_LOGPS, WEIGHTS
 
 
 class Sides(NamedTuple):
@@ -35,6 +41,10 @@ class Sides(NamedTuple):
         """Those of both."""
         return Sides(min(self.first, other.first), max(self.end, other.end))
 
+    def within(self, others: Sides) -> Sides:
+        """Their place among others, of which they are a part."""
+        return Sides(self.first - others.first, self.end - others.first)
+
 
 CHOSEN, REJECTED, BOTH = Sides(0, 1), Sides(1, 2), Sides(0, 2)
 
@@ -49,9 +59,36 @@ class Reading(NamedTuple):
     def of(self, sides: Sides, device: torch.device) -> tuple[Tensor, Head]:
         """The states of some of its responses, and the head, on the student's device."""
         pairs = len(self.states) // (self.sides.end - self.sides.first)
-        states = self.states[Sides(*(one - self.sides.first for one in sides)).rows(pairs)]
+        states = self.states[sides.within(self.sides).rows(pairs)]
         bias = None if self.head.bias is None else self.head.bias.to(device)
         return states.to(device), self.head._replace(weight=self.head.weight.to(device), bias=bias)
+
+
+class CachedReading(NamedTuple):
+    """What columns of a dataset say of a batch, in place of a teacher."""
+
+    columns: Mapping[str, Tensor]  # (n, T + 1, ...) each, by what follows the side in their names
+    sides: Sides  # of which responses
+    vocab_size: int | None  # of the tokens that the teacher has, too; None for all
+    topk_tail: str
+
+    def compare(
+        self, states: Tensor, head: Head, targets: Tensor, sides: Sides, temperature: float,
+        stats: bool,
+    ) -> DivergenceWithStats | Tensor:  # fmt: skip
+        """The forward KL (n, T + 1) to a student on some of the responses."""
+        rows = sides.within(self.sides).rows(len(states) // (sides.end - sides.first))
+        found = {name: values[rows].to(states.device) for name, values in self.columns.items()}
+        if TOKEN_IDS in found:
+            top_k = linear_topk_divergence_with_stats if stats else linear_topk_divergence
+            likeliest = found[TOKEN_IDS], found[TOKEN_LOGPS]
+            options = {"tail": self.topk_tail, "temperature": temperature}
+            return top_k(states, head, *likeliest, targets, **options)
+        whole = linear_cached_kl_with_stats if stats else linear_cached_kl
+        means = TeacherMeans(found[WEIGHTS], found.get(BIASES), found[ENTROPIES])
+        bias = None if head.bias is None else head.bias[: self.vocab_size]
+        head = head._replace(weight=head.weight[: self.vocab_size], bias=bias)
+        return whole(states, head, means, targets, temperature=temperature)
 
 
 class Comparison(NamedTuple):
@@ -114,7 +151,7 @@ def student_numbers(
     pairs: int,
     sides: Sides,
     comparisons: Mapping[Comparison, Sides],
-    readings: Mapping[str, Reading],
+    readings: Mapping[str, Reading | CachedReading],
     scratch_bytes: int | None,
 ) -> StudentNumbers:
     """The student's numbers of some sides, and its divergences from other models.
@@ -127,25 +164,16 @@ def student_numbers(
     divergences = {}
     for comparison, compared in comparisons.items():
         rows = compared.rows(pairs)
-        others = [readings[one].of(compared, states.device) for one in comparison.models]
-        (teacher, teacher_head), reference = others[0], others[1:]
-        options = {
-            **comparison._asdict(),
-            "reference_hidden": reference[0][0] if reference else None,
-            "reference_head": reference[0][1] if reference else None,
-            "scratch_bytes": scratch_bytes,
-        }
-        del options["models"]
-        given = (states[rows], head, teacher, teacher_head, targets[rows])
         # At another temperature the student's own numbers would be another distribution's.
-        if comparison.temperature == 1 and set(range(*compared)) <= set(left):
-            found = linear_divergence_with_stats(*given, **options)
+        stats = comparison.temperature == 1 and set(range(*compared)) <= set(left)
+        given = states[rows], head, targets[rows]
+        others = [readings[one] for one in comparison.models]
+        found = _compare(given, others, comparison, compared, stats, scratch_bytes)
+        if isinstance(found, DivergenceWithStats):
             left = [side for side in left if side not in range(*compared)]
             parts[compared.first] = found
-            divergence = found.divergence
-        else:
-            divergence = linear_divergence(*given, **options)
-        divergences[comparison] = sum_responses(divergence, targets[rows]).logps
+            found = found.divergence
+        divergences[comparison] = sum_responses(found, targets[rows]).logps
     if left:
         rows = Sides(left[0], left[-1] + 1).rows(pairs)
         parts[left[0]] = linear_logps_with_stats(
@@ -158,6 +186,31 @@ def student_numbers(
         _joined([one.is_top1 for one in ordered]),
         divergences,
     )
+
+
+def _compare(
+    given: tuple[Tensor, Head, Tensor],  # states, head and targets of the student
+    readings: Sequence[Reading | CachedReading],
+    comparison: Comparison,
+    compared: Sides,
+    stats: bool,
+    scratch_bytes: int | None,
+) -> DivergenceWithStats | Tensor:
+    """A divergence of the student from models that read the same responses, or from columns."""
+    states, head, targets = given
+    if isinstance(readings[0], CachedReading):
+        return readings[0].compare(*given, compared, comparison.temperature, stats)
+    models = [one for one in readings if isinstance(one, Reading)]
+    (teacher, teacher_head), *reference = (one.of(compared, states.device) for one in models)
+    options = {
+        **comparison._asdict(),
+        "reference_hidden": reference[0][0] if reference else None,
+        "reference_head": reference[0][1] if reference else None,
+        "scratch_bytes": scratch_bytes,
+    }
+    del options["models"]
+    function = linear_divergence_with_stats if stats else linear_divergence
+    return function(states, head, teacher, teacher_head, targets, **options)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

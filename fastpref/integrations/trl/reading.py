@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from fastpref.integrations.trl import metrics
 from fastpref.integrations.trl.batches import mismatched, shifted_labels
-from fastpref.integrations.trl.passes import BOTH, Comparison, Reading, Sides
+from fastpref.integrations.trl.cached import TeacherColumns
+from fastpref.integrations.trl.passes import BOTH, CachedReading, Comparison, Reading, Sides
 from fastpref.integrations.trl.readers import Reader, kept_reading
 from fastpref.integrations.trl.saving import SavesRewardHead
 from fastpref.integrations.trl.signals import REFERENCE, Signal, responses_logps
@@ -30,6 +32,7 @@ class ReadsModels(SavesRewardHead):
     # DPOTrainer's own __init__ reads batches where it precomputes a reference.
     signals: Mapping[str, Signal] = {}
     columns: tuple[str, ...] = ()
+    cache: TeacherColumns | None = None
     readers: list[Reader]
     comparisons: dict[Comparison, Sides]
 
@@ -86,6 +89,19 @@ class ReadsModels(SavesRewardHead):
             logps: Tensor = model(**self._model_inputs(inputs), at_head=at_head)["logps"]
         return logps
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        prepare = partial(
+            super()._prepare_dataset,
+            processing_class=processing_class,
+            args=args,
+            dataset_name=dataset_name,
+        )
+        if self.cache is None:
+            return prepare(dataset)
+        return self.cache.beside_tokens(dataset, dataset_name, prepare)
+
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.args.has_reference():
             return dataset
@@ -93,11 +109,13 @@ class ReadsModels(SavesRewardHead):
 
     def _read(
         self, model: Any, inputs: dict[str, Any], labels: Tensor, pairs: int
-    ) -> tuple[dict[str, Tensor], dict[str, Reading]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Reading | CachedReading]]:
         """What losses read beside the student's own numbers: of columns, and of other models."""
         columns = {name: one for name, one in self.signals.items() if one.read is None}
         signals = {name: one.of_batch(inputs) for name, one in columns.items()}
-        readings = {}
+        readings: dict[str, Reading | CachedReading] = {}
+        if self.cache is not None:
+            readings["teacher_model"] = self.cache.reading(inputs)
         for reader in self.readers:
             found, reading = reader(inputs, labels, pairs)
             signals |= found
@@ -132,7 +150,8 @@ class ReadsModels(SavesRewardHead):
         return mean
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        ours = {"completion_mask", *REFERENCE.columns, *self.columns}
+        cached = () if self.cache is None else self.cache.endings
+        ours = {"completion_mask", *REFERENCE.columns, *self.columns, *cached}
         return {name: value for name, value in inputs.items() if name not in ours}
 
 

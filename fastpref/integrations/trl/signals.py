@@ -22,7 +22,7 @@ from fastpref.ops import Head, linear_logps
 from fastpref.responses import sum_responses
 from fastpref.sequences import labels_of_states
 from fastpref.teacher import BadRowsError, add_shaping, teacher_shaping
-from fastpref.teacher.store import made_with_max_length
+from fastpref.teacher.store import note_of
 
 
 @dataclass
@@ -81,14 +81,17 @@ REFERENCE = Signal(("ref_chosen_logps", "ref_rejected_logps"))  # which DPOTrain
 
 
 def signals_of(
-    args: PreferenceConfig, student: Any, models: dict[str, tuple[Any, Any]]
+    args: PreferenceConfig, student: Any, models: dict[str, tuple[Any, Any]], cached: bool
 ) -> tuple[dict[str, Signal], list[Reader]]:
     """What losses read beside the student's own numbers, by the names of their parameters.
 
-    ``models`` are models and tokenizers, by the trainer's arguments. The second result are those
-    that read along in every step.
+    ``models`` are models and tokenizers, by the trainer's arguments. ``cached`` says that columns
+    have what a teacher says at every token. The second result are the models that read along in
+    every step.
     """
-    sides = _sides_of_models(args)
+    sides = sides_of_models(args)
+    if cached:
+        del sides["teacher_model"]
     signals: dict[str, Signal] = {}
     readers = []
     for argument, (model, tokenizer) in models.items():
@@ -102,7 +105,9 @@ def signals_of(
         if model is None:
             if argument in sides:
                 reason = f"at every token, by method {args.method!r}"
-                refuse(argument, f"a model, which the student is compared with {reason}", None)
+                expected = f"a model, which the student is compared with {reason}"
+                columns = " (or, for the forward KL, columns of `fastpref kd-cache`)"
+                refuse(argument, expected + columns * (argument == "teacher_model"), None)
             signals |= {name: signal for name, (signal, _) in wanted.items()}
             continue
         if not wanted and argument not in sides:
@@ -127,7 +132,7 @@ def _refuse_options_of_shaping(args: PreferenceConfig) -> None:
         args.refuse_set(names, "there is no teacher_model that it is for")
 
 
-def _sides_of_models(args: PreferenceConfig) -> dict[str, Sides]:
+def sides_of_models(args: PreferenceConfig) -> dict[str, Sides]:
     """Of which responses the states of each model are read, by the trainer's arguments."""
     found: dict[str, Sides] = {}
     for comparison, sides in comparisons_of(args).items():
@@ -235,9 +240,10 @@ def warn_of_other_lengths(dataset: Any, max_length: int | None) -> None:
     What `fastpref.teacher.add_shaping` wrote says how long its sequences were; other columns say
     nothing. ``dataset`` has TRL's tokens.
     """
-    known, teachers = made_with_max_length(dataset)
-    if not known or teachers == max_length or not isinstance(dataset, Dataset):
+    note = note_of(dataset, "chosen_shaping")
+    if note is None or note["max_length"] == max_length or not isinstance(dataset, Dataset):
         return
+    teachers = note["max_length"]
     limit = min(length for length in (teachers, max_length) if length is not None)
     tokens = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format(None)
     for row in tokens:

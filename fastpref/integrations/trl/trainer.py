@@ -18,6 +18,7 @@ from fastpref.checks import refuse
 from fastpref.data.tokens import IGNORE_INDEX
 from fastpref.integrations.trl import metrics
 from fastpref.integrations.trl.batches import chosen_half, shifted_labels, written_by
+from fastpref.integrations.trl.cached import CollatorWithTeacher, columns_of_teacher
 from fastpref.integrations.trl.config import (
     DRDOConfig,
     OracleConfig,
@@ -26,6 +27,7 @@ from fastpref.integrations.trl.config import (
     inputs_of,
 )
 from fastpref.integrations.trl.passes import (
+    CachedReading,
     Comparison,
     Reading,
     Sides,
@@ -60,7 +62,7 @@ class PreferenceTrainer(ReadsModels):
 
     - the dataset: columns ``chosen_shaping`` and ``rejected_shaping`` (from ``fastpref values``),
       ``chosen_reward`` and ``rejected_reward`` (from your oracle), ``teacher_chosen_logps`` and
-      ``teacher_rejected_logps`` (from your teacher);
+      ``teacher_rejected_logps`` (from your teacher), or those of ``fastpref kd-cache``;
     - a teacher or an oracle, in every step, or a teacher once up front (``precompute_shaping``);
     - a reference, as in ``DPOTrainer``, for methods that have one.
 
@@ -143,7 +145,9 @@ class PreferenceTrainer(ReadsModels):
             "teacher_ref_model": (teacher_ref_model, teacher_processing_class),
             "oracle_model": (oracle_model, oracle_processing_class),
         }
-        signals, self.readers = signals_of(args, model, models)
+        self.cache = columns_of_teacher(args, teacher_model, train_dataset)
+        cached = self.cache is not None
+        signals, self.readers = signals_of(args, model, models, cached)
         super().__init__(
             model,
             ref_model,
@@ -158,6 +162,9 @@ class PreferenceTrainer(ReadsModels):
         in_columns = [signal.columns for signal in signals.values() if signal.read is None]
         self.columns = tuple(itertools.chain(*in_columns))
         self.data_collator = CollatorWithColumns(self.data_collator, self.columns)
+        if self.cache is not None:
+            self.data_collator = CollatorWithTeacher(self.data_collator, self.cache)
+            self.cache.check_head(self.model)
         for reader in self.readers:
             reader.join(self)
         self.precompute_ref_logps = self.precompute_ref_logps and args.has_reference()
@@ -236,7 +243,7 @@ class PreferenceTrainer(ReadsModels):
         labels: Tensor,
         pairs: int,
         signals: dict[str, Tensor],
-        readings: dict[str, Reading],
+        readings: dict[str, Reading | CachedReading],
     ) -> dict[str, Tensor]:
         """The loss, and metrics as sum and count, from (2B, T + 1, H) states, (2B, T) labels."""
         args = self.args
@@ -284,8 +291,7 @@ class PreferenceTrainer(ReadsModels):
         if read is None:
             return {}
         comparison, sides = read
-        first = self.comparisons[comparison].first  # of the responses that they are of
-        rows = Sides(*(one - first for one in sides)).rows(pairs)
+        rows = sides.within(self.comparisons[comparison]).rows(pairs)
         name = "advantages" if comparison.kind == "advantage" else "divergences"
         return {name: divergences[comparison][rows]}
 
@@ -301,7 +307,9 @@ class PreferenceTrainer(ReadsModels):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]  # TRL's own
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *self.columns])]
+        cached = () if self.cache is None else self.cache.columns
+        ours = [*self.columns, *cached]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *ours])]
 
 
 class TVKDTrainer(PreferenceTrainer):
