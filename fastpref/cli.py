@@ -9,10 +9,12 @@ from typing import Annotated, Any
 from fastpref import __version__
 from fastpref.data import read_rows
 from fastpref.extras import require_extra
-from fastpref.teacher import add_shaping, load_teacher
-from fastpref.teacher.model import Dtype, this_process
-from fastpref.teacher.precompute import ShapingOptions, check_arguments
+from fastpref.teacher import add_kd_cache, add_shaping, load_teacher
+from fastpref.teacher.kd_cache import check_kd_options
+from fastpref.teacher.model import Dtype, load_student, load_tokenizer, this_process
+from fastpref.teacher.precompute import check_run
 from fastpref.teacher.shaping import Form, Potential, Terminal
+from fastpref.teacher.shaping_columns import ShapingOptions, check_shaping_options
 from fastpref.teacher.store import read_settings
 
 try:
@@ -20,6 +22,28 @@ try:
     import typer
 except ImportError as error:
     sys.exit(f"fastpref: {error}")
+
+Teacher = Annotated[
+    str, typer.Option(help="A folder, a .gguf file, or a name on the Hugging Face Hub.")
+]
+Pairs = Annotated[
+    str,
+    typer.Option(
+        help="Preference pairs (chosen and rejected, with or without prompt; text or chat "
+        "messages): a .jsonl or .parquet file, a saved dataset, or a name on the Hub."
+    ),
+]
+Output = Annotated[Path, typer.Option(help="The .parquet file to write.")]
+Split = Annotated[str, typer.Option(help="Which split of the dataset.")]
+BatchSize = Annotated[int, typer.Option(help="Pairs per batch.")]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and say which."),
+]
+TeachersDtype = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help='"auto" spreads a large teacher over all GPUs.')
+]
 
 app = typer.Typer(
     add_completion=False,
@@ -49,18 +73,10 @@ def fastpref(
 
 @app.command()
 def values(
-    teacher: Annotated[
-        str, typer.Option(help="A folder, a .gguf file, or a name on the Hugging Face Hub.")
-    ],
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="Preference pairs (chosen and rejected, with or without prompt; text or chat "
-            "messages): a .jsonl or .parquet file, a saved dataset, or a name on the Hub."
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="The .parquet file to write.")],
-    split: Annotated[str, typer.Option(help="Which split of the dataset.")] = "train",
+    teacher: Teacher,
+    dataset: Pairs,
+    output: Output,
+    split: Split = "train",
     potential: Annotated[
         Potential, typer.Option(help="What a state is worth; value is the paper's choice.")
     ] = "value",
@@ -78,17 +94,10 @@ def values(
     max_length: Annotated[
         int | None, typer.Option(help="Cut sequences after so many of the teacher's tokens.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs per batch.")] = 8,
-    skip_bad_rows: Annotated[
-        bool,
-        typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and say which."),
-    ] = False,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")
-    ] = "auto",
-    device_map: Annotated[
-        str | None, typer.Option(help='"auto" spreads a large teacher over all GPUs.')
-    ] = None,
+    batch_size: BatchSize = 8,
+    skip_bad_rows: SkipBadRows = False,
+    dtype: TeachersDtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Add a teacher's values to a preference dataset, ready for TVKD.
 
@@ -98,16 +107,10 @@ def values(
     Stopped at any moment and started again with the same arguments, it goes on where it was. On
     several GPUs: torchrun --nproc-per-node 4 -m fastpref values ...
     """
-    import datasets
-    import transformers
-
     options = ShapingOptions(potential, temperature, gamma, terminal, form)
-    check_arguments(output, options, max_length, batch_size)
-    # What these two say and draw is not about values; errors are raised all the same.
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    check_run(output, max_length, batch_size)
+    check_shaping_options(options)
+    _be_quiet()
     rows = read_rows(dataset, split)
     model, tokenizer = load_teacher(teacher, dtype=dtype, device_map=device_map)
     found = add_shaping(
@@ -121,9 +124,87 @@ def values(
         batch_size=batch_size,
         skip_bad_rows=skip_bad_rows,
     )
+    _report(output, len(found), "chosen_shaping and rejected_shaping")
+
+
+@app.command()
+def kd_cache(
+    teacher: Teacher,
+    student: Annotated[
+        str, typer.Option(help="The student that will be trained: a folder or a name on the Hub.")
+    ],
+    dataset: Pairs,
+    output: Output,
+    split: Split = "train",
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep so many of the teacher's likeliest tokens, for students whose head trains; "
+            "without it the whole distribution, as a head that does not train sees it."
+        ),
+    ] = None,
+    chosen_only: Annotated[
+        bool, typer.Option("--chosen-only", help="Leave out the rejected responses.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits of both models, in the divergence.")
+    ] = 1.0,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sequences after so many tokens, as in training.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    skip_bad_rows: SkipBadRows = False,
+    dtype: TeachersDtype = "auto",
+    device_map: DeviceMap = None,
+) -> None:
+    """Add what a student needs of a teacher at every token, ready for vanilla_kd, dckd and gkd.
+
+    Writes the dataset with columns that stand for the teacher in training, whose loss then is the
+    forward KL. Teacher and student have the same tokenizer; the student's template is used.
+
+    Stopped at any moment and started again with the same arguments, it goes on where it was. On
+    several GPUs: torchrun --nproc-per-node 4 -m fastpref kd-cache ...
+    """
+    check_run(output, max_length, batch_size)
+    check_kd_options(top_k, temperature)
+    _be_quiet()
+    rows = read_rows(dataset, split)
+    tokenizer = load_tokenizer("student", student)
+    model, teacher_tokenizer = load_teacher(teacher, dtype=dtype, device_map=device_map)
+    found = add_kd_cache(
+        rows,
+        model,
+        tokenizer,
+        output,
+        student=load_student(student) if top_k is None else None,
+        top_k=top_k,
+        teacher_tokenizer=teacher_tokenizer,
+        chosen_only=chosen_only,
+        temperature=temperature,
+        max_length=max_length,
+        batch_size=batch_size,
+        skip_bad_rows=skip_bad_rows,
+    )
+    columns = [one for one in found.column_names if "_teacher_" in one]
+    _report(output, len(found), ", ".join(columns))
+
+
+def _be_quiet() -> None:
+    """Keep what libraries say and draw off the screen; errors are raised all the same."""
+    import datasets
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _report(output: Path, pairs: int, columns: str) -> None:
+    """Say what was written, and which rows were left out."""
     if this_process().is_main_process:
         skipped = read_settings(output)["skipped_rows"]
-        typer.echo(f"{output}: {len(found)} pairs with chosen_shaping and rejected_shaping")
+        typer.echo(f"{output}: {pairs} pairs with {columns}")
         if skipped:
             typer.echo(f"left out {len(skipped)} rows: {', '.join(map(str, skipped))}", err=True)
 

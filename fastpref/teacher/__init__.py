@@ -1,7 +1,8 @@
-"""The teacher's side of TVKD: what it thinks of a response, as one number."""
+"""The teacher's side: what it thinks of a response, as one number or at every token."""
 
 from fastpref.data.rows import BadRow, BadRowsError, read_rows
 from fastpref.teacher.actions import action_rewards
+from fastpref.teacher.kd_cache import add_kd_cache
 from fastpref.teacher.model import load_teacher
 from fastpref.teacher.shaping import shaping_from_values, teacher_shaping
 from fastpref.teacher.shaping_columns import add_shaping, load_shaping
@@ -10,6 +11,7 @@ __all__ = [
     "BadRow",
     "BadRowsError",
     "action_rewards",
+    "add_kd_cache",
     "add_shaping",
     "load_shaping",
     "load_teacher",

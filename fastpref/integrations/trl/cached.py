@@ -117,7 +117,7 @@ class TeacherColumns:
             columns = [f"{side}_{ending}" for side in sides for _ in examples]
             rows = [example[f"{side}_{ending}"] for side in sides for example in examples]
             dtype = np.int64 if ending == TOKEN_IDS else np.float32
-            arrays = [torch.from_numpy(np.asarray(one, dtype)) for one in rows]
+            arrays = [torch.tensor(np.asarray(one, dtype)) for one in rows]
             for row, (column, count, one) in enumerate(zip(columns, counts, arrays, strict=True)):
                 _check_count(column, count, len(one), f"row {row % len(examples)} of a batch")
             shape = max(one.shape[1:] for one in arrays)

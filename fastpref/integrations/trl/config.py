@@ -143,8 +143,8 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
     default where it is not set. What a loss reads has options, too: ``precompute_shaping`` and
     those of `fastpref.teacher_shaping`, whose ``temperature`` is ``value_temperature``;
     ``reference_free`` where a reference is optional; ``divergence``, ``lmbda`` and others of GKD;
-    ``advantage_clip``; ``topk_tail`` where the dataset has a teacher's likeliest tokens. Refused are options that the method does not have, values out of range, and
-    another loss of DPOConfig.
+    ``advantage_clip``; ``topk_tail`` for a teacher's likeliest tokens in columns. Refused are
+    options that the method does not have, values out of range, and another loss of DPOConfig.
 
     Several methods are trained at once, as the sum of their losses: ``method_weights`` weighs
     them, and an option goes to every one that has it; where it is not set, each has its own
