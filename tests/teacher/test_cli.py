@@ -17,8 +17,9 @@ from fastpref.teacher import load_shaping
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer).save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
+    for seed, name in enumerate(("teacher", "student")):
+        tiny_model(tokenizer, seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows())), "utf-8")
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
@@ -33,6 +34,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 VALUES = ("values", "--teacher", "teacher", "--dataset", "rows.jsonl", "--output", "out.parquet")
+KD = ("kd-cache", *VALUES[1:], "--student", "student")
 
 
 def test_it_writes_a_dataset(run, tmp_path):
@@ -91,13 +93,47 @@ def test_unknown_choices_are_refused_with_the_choices(run):
     assert code == 2 and "'value', 'max', 'margin', 'expectation'" in err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["values", "--help"], []])
+@pytest.mark.parametrize("arguments", [["--help"], []])
 def test_help_explains(run, arguments):
     _, out, err = run(*arguments)
-    assert "values" in out + err
+    assert "values" in out + err and "kd-cache" in out + err
 
 
-def test_help_names_every_option(run):
-    _, out, _ = run("values", "--help")
-    for option in ("teacher", "dataset", "output", "potential", "gamma", "max-length", "per-token"):
+VALUES_OPTIONS = "teacher dataset output split potential gamma max-length per-token"
+KD_OPTIONS = "teacher student dataset output split top-k chosen-only temperature max-length dtype"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"), [("values", VALUES_OPTIONS), ("kd-cache", KD_OPTIONS)]
+)
+def test_help_names_every_option(run, command, options):
+    _, out, _ = run(command, "--help")
+    for option in options.split():
         assert f"--{option}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns"),
+    [
+        ((), "chosen_teacher_weights, chosen_teacher_entropies, rejected_teacher_weights, "
+             "rejected_teacher_entropies"),
+        (("--top-k", "3", "--chosen-only"), "chosen_teacher_token_ids, chosen_teacher_token_logps"),
+    ],
+)  # fmt: skip
+def test_it_writes_distributions(run, tmp_path, arguments, columns):
+    assert run(*KD, *arguments) == (0, f"out.parquet: 7 pairs with {columns}\n", "")
+    assert load_shaping(tmp_path / "out.parquet")[columns.split(",")[0]][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student", "nowhere/at/all"], "student: expected a model folder"),
+        (["--top-k", "0"], "top_k: expected a number of tokens"),
+        (["--temperature", "0"], "temperature: expected"),
+        (["--output", "out.csv"], "output: expected"),
+    ],
+)
+def test_errors_of_distributions_are_one_line(run, arguments, message):
+    code, out, _ = run(*KD, *arguments)
+    assert code.startswith("fastpref: ") and message in code and "\n" not in code and not out

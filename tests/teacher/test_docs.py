@@ -1,7 +1,8 @@
-"""The code in docs/values.md runs as it stands, with a small teacher in the large one's place."""
+"""The code in docs/values.md and docs/kd_cache.md runs as it stands, with a small teacher in the large one's place."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -9,19 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
+import fastpref.integrations.trl
 from fastpref.cli import main
+from fastpref.teacher import add_kd_cache, load_teacher
 
-PAGE = (Path(__file__).parents[2] / "docs" / "values.md").read_text("utf-8")
-TEACHER = "meta-llama/Llama-3.1-8B-Instruct"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, KD_PAGE = ((DOCS / name).read_text("utf-8") for name in ("values.md", "kd_cache.md"))
+TEACHER, STUDENT = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer).save_pretrained(tmp_path / TEACHER)
-    tokenizer.save_pretrained(tmp_path / TEACHER)
+    tokenizer.pad_token = "<unk>"
+    for seed, name in enumerate((TEACHER, STUDENT)):
+        tiny_model(tokenizer, seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows())), "utf-8")
     monkeypatch.chdir(tmp_path)
 
@@ -39,3 +46,43 @@ def test_the_command(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0 and Path("pairs-with-values.parquet").is_file()
+
+
+def test_distributions(monkeypatch):
+    """The command; then a server's answers, here of the same teacher, give its likeliest tokens."""
+    (command,) = re.findall(r"^fastpref kd-cache .*$", KD_PAGE, flags=re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    training, serving = re.findall(r"```python\n(.*?)```", KD_PAGE, flags=re.DOTALL)
+    small = functools.partial(
+        fastpref.integrations.trl.PreferenceConfig, use_cpu=True, bf16=False, max_steps=2,
+        per_device_train_batch_size=2, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    monkeypatch.setattr(fastpref.integrations.trl, "PreferenceConfig", small)
+    names: dict = {}
+    exec(training, names)
+    assert names["trainer"].state.global_step == 2
+
+    model, tokenizer = load_teacher(TEACHER)
+
+    def ask(request):
+        tokens = torch.tensor([request["prompt"]])
+        top = model(tokens).logits[0, :-1].log_softmax(-1).topk(request["prompt_logprobs"])
+        positions = [
+            {str(token): {"logprob": logp} for token, logp in zip(*one, strict=True)}
+            for one in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+        return {"choices": [{"prompt_logprobs": json.loads(json.dumps([None, *positions]))}]}
+
+    names = {"tokenizer": tokenizer, "ask": torch.no_grad()(ask)}
+    exec(serving, names)
+    expected = add_kd_cache("pairs.jsonl", model, tokenizer, "tokens.parquet", top_k=20)
+    for row, one in zip(names["rows"], expected, strict=True):
+        for side in ("chosen", "rejected"):
+            column = f"{side}_teacher_token_ids"
+            assert [set(ids) for ids in row[column]] == [set(ids) for ids in one[column]]
+            column = f"{side}_teacher_token_logps"
+            found, other = torch.tensor(row[column]), torch.tensor(one[column])
+            torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
