@@ -1,4 +1,4 @@
-"""The code in docs/values.md and docs/kd_cache.md runs as it stands, with a small teacher in the large one's place."""
+"""The code in docs/values.md and docs/kd_cache.md runs, with small models for large ones."""
 
 from __future__ import annotations
 
