@@ -6,8 +6,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Tests of code that runs Triton kernels, less what has nothing to do with which code runs, and what
 # tests/kernels says of the kernels in less time.
-INTERPRETED := tests/kernels tests/ops tests/losses tests/teacher/test_shaping.py \
-	tests/teacher/test_potentials.py tests/test_responses.py tests/test_rewards.py \
+INTERPRETED := tests/kernels tests/ops tests/test_responses.py \
+	tests/losses/test_tvkd.py tests/losses/test_drdo.py tests/losses/test_pair_ops.py \
+	tests/teacher/test_shaping.py tests/teacher/test_potentials.py \
 	--ignore=tests/ops/test_compile.py --ignore-glob='tests/ops/test_linear_divergence_*'
 
 .PHONY: demo test lint check-install

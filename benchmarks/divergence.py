@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
-from divergence_peers import BASELINE, KINDS, PEERS, Kind, Side, from_logits
+from divergence_peers import BASELINE, HEADS, KINDS, PEERS, Head, Kind, Side, from_logits
 from inputs import ROWS, SHIPPED_PAIRS, InputError, real_batch
 from measure import peak_growth
 from memory import RESULTS, check_output, parse_tokens
@@ -27,8 +27,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from torch import Tensor
 
-Head = Literal["frozen", "trained"]
-HEADS: tuple[Head, ...] = ("frozen", "trained")
 DEFAULT_TOKENS = {"cpu": "1000,3000", "cuda": "4096,16384"}
 MOST_REPEATS = {"cpu": 3, "cuda": 20}
 TIMING_SECONDS = 10.0  # after which no further call is timed
@@ -39,6 +37,7 @@ STYLES = {
     "TRL ChunkedDivergence": "#009E73",
     "Liger fused JSD": "#CC79A7",
     "fastpref": "#0072B2",
+    "fastpref, scratch_bytes=0": "#56B4E9",
 }
 
 _processes = multiprocessing.get_context("spawn")  # fork would inherit the parent's memory
@@ -156,16 +155,22 @@ def measure_all(counts: list[int], dtypes: list[str], device: str, console: Cons
             for kind in KINDS
         ]
         references = {(dtype, count, kind) for dtype, count, _, kind in points}
-        progress.update(task, total=len(references) + len(points) * len(PEERS))
+        jobs = [
+            Job(peer.name, kind, head, count, dtype, folder, device)
+            for dtype, count, head, kind in points
+            for peer in PEERS.values()
+            if head in peer.heads
+        ]
+        progress.update(task, total=len(references) + len(jobs))
         for dtype, count, kind in sorted(references):
             progress.update(task, description=f"float64, {kind}, {count} tokens")
             _in_process(save_reference, folder, dtype, count, kind, device)
             progress.advance(task)
-        for dtype, count, head, kind in points:
-            for peer in PEERS:
-                progress.update(task, description=f"{peer}, {kind}, {head} head, {count} tokens")
-                rows.append(run(Job(peer, kind, head, count, dtype, folder, device)))
-                progress.advance(task)
+        for job in jobs:
+            where = f"{job.peer}, {job.kind}, {job.head} head, {job.tokens} tokens"
+            progress.update(task, description=where)
+            rows.append(run(job))
+            progress.advance(task)
     return rows
 
 
@@ -383,10 +388,10 @@ def plot(json_path: Path, image_path: Path) -> None:
     for column, head in enumerate(HEADS):
         for place, (peer, color) in enumerate(STYLES.items()):
             chosen = [row for row in rows if row["peer"] == peer and row["head"] == head]
-            x = [KINDS.index(row["kind"]) + (place - 1.5) * 0.2 for row in chosen]
+            x = [KINDS.index(row["kind"]) + (place - 2) * 0.16 for row in chosen]
             memory = [row["peak_extra_bytes"] / MEGABYTE for row in chosen]
-            axes[0, column].bar(x, memory, 0.18, color=color, label=peer)
-            axes[1, column].bar(x, [row["seconds"] for row in chosen], 0.18, color=color)
+            axes[0, column].bar(x, memory, 0.14, color=color, label=peer)
+            axes[1, column].bar(x, [row["seconds"] for row in chosen], 0.14, color=color)
         axes[0, column].set_title(f"{head} head", fontsize=11)
         axes[0, column].set_yscale("log")
         axes[1, column].set_xticks(range(len(KINDS)), [kind.replace("_", " ") for kind in KINDS])
@@ -398,8 +403,8 @@ def plot(json_path: Path, image_path: Path) -> None:
     machine = report["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
     figure.suptitle(f"Divergence between two heads, {most} tokens, float32\n{where}", fontsize=12)
-    lines, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    lines, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(image_path, dpi=150)
     pyplot.close(figure)
 

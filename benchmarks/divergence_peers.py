@@ -14,6 +14,8 @@ from peers import LIGER, TRL
 from torch import Tensor
 from torch.nn import functional
 
+Head = Literal["frozen", "trained"]
+HEADS: tuple[Head, ...] = ("frozen", "trained")
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd")
 # The teacher's weight in the mixture; TRL and Liger name the two KLs by the ends of its range.
@@ -34,6 +36,7 @@ class Peer:
     name: str
     call: Callable[[Side, Side, Tensor, Kind], Tensor]
     install: str = ""  # the command that brings its library
+    heads: tuple[Head, ...] = HEADS
 
 
 def full_logits(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor:
@@ -91,6 +94,14 @@ def fastpref(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor
     return found.mean()
 
 
+def fastpref_least(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor:
+    """The same with nothing kept for the backward pass."""
+    from fastpref import linear_divergence
+
+    found: Tensor = linear_divergence(*student, *teacher, labels, kind=kind, scratch_bytes=0)
+    return found.mean()
+
+
 BASELINE = "full logits"
 PEERS = {
     peer.name: peer
@@ -99,5 +110,6 @@ PEERS = {
         Peer("TRL ChunkedDivergence", trl, install=TRL),
         Peer("Liger fused JSD", liger, install=LIGER),
         Peer("fastpref", fastpref),
+        Peer("fastpref, scratch_bytes=0", fastpref_least, heads=("trained",)),
     )
 }

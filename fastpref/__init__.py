@@ -6,12 +6,18 @@ from fastpref.linear_losses import drdo_loss, tvkd_loss
 from fastpref.losses.pairs import LossOutput
 from fastpref.ops import (
     Head,
+    TeacherMeans,
+    linear_cached_kl,
+    linear_cached_kl_with_stats,
     linear_divergence,
     linear_divergence_with_stats,
     linear_logps,
     linear_logps_with_stats,
     linear_logsumexp,
     linear_stats,
+    linear_topk_divergence,
+    linear_topk_divergence_with_stats,
+    teacher_means,
 )
 from fastpref.responses import Responses, sum_responses
 from fastpref.rewards import sequence_rewards
@@ -23,18 +29,24 @@ __all__ = [
     "Head",
     "LossOutput",
     "Responses",
+    "TeacherMeans",
     "collate_pairs",
     "drdo_loss",
+    "linear_cached_kl",
+    "linear_cached_kl_with_stats",
     "linear_divergence",
     "linear_divergence_with_stats",
     "linear_logps",
     "linear_logps_with_stats",
     "linear_logsumexp",
     "linear_stats",
+    "linear_topk_divergence",
+    "linear_topk_divergence_with_stats",
     "losses",
     "sequence_rewards",
     "shaping_from_values",
     "sum_responses",
+    "teacher_means",
     "teacher_shaping",
     "tvkd_loss",
 ]

@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from fastpref.checks import (
+    check_device,
     check_flag,
     check_floating,
     check_head,
     check_ignore_index,
+    check_integers,
     check_number,
+    check_shape,
     refuse,
 )
 from fastpref.ops.torch_tiles import LogitTransform
@@ -59,6 +62,13 @@ class PreparedHead(NamedTuple):
         """Whether the head wants a gradient."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
+    def cut(self, vocab_size: int) -> PreparedHead:
+        """The same without the tokens that another head does not have."""
+        if self.weight.shape[0] == vocab_size:
+            return self
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return self._replace(weight=self.weight[:vocab_size], bias=bias)
+
 
 def prepare_head(
     hidden: Tensor,  # (..., H)
@@ -99,6 +109,29 @@ def prepare_head(
     check_head(hidden, weight, bias, prefix=prefix)
     _refuse_tangents(hidden, weight, bias)
     return PreparedHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, shard)
+
+
+def prepare_labelled(
+    hidden: Tensor,  # (..., H)
+    head: Head | Tensor,
+    labels: Tensor,  # (...) integers
+    temperature: float,
+    ignore_index: int,
+    compact: bool,
+    *,
+    prefix: str,
+) -> tuple[PreparedHead, Tensor]:
+    """`prepare_head` of a whole head, and the labels (N,) of the hidden states."""
+    name = f"{prefix}hidden"
+    check_floating(name, hidden)
+    check_integers("labels", labels)
+    check_device("labels", labels, name, hidden)
+    check_shape("labels", labels, hidden.shape[:-1], f"{name} without its last dimension")
+    temperature = check_number("temperature", temperature, above=0)
+    ready = prepare_head(hidden, head, temperature, ignore_index, compact, prefix=prefix)
+    if ready.shard is not None:
+        refuse(f"{prefix}head", "one that is not sharded over the vocabulary", "one that is")
+    return ready, labels.to(torch.int64).reshape(-1)
 
 
 def as_head(head: Head | Tensor, *, prefix: str = "") -> Head:

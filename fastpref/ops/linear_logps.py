@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_labels, check_scratch_bytes, check_shape
-from fastpref.ops.head import Head, prepare_head
+from fastpref.ops.head import Head, PreparedHead, prepare_head
 from fastpref.ops.linear_logps_op import Found, linear_logps_ops
 from fastpref.ops.operands import Operands
 
@@ -172,9 +172,25 @@ def call_head(
         check_shape("labels", labels, hidden.shape[:-1], "hidden without its last dimension")
         labels = labels.to(torch.int64).reshape(-1)
     check_scratch_bytes(scratch_bytes)
-    rows, weight, bias, transform, shard = ready = prepare_head(
-        hidden, head, temperature, ignore_index, compact
-    )
+    ready = prepare_head(hidden, head, temperature, ignore_index, compact)
+    return read_head(
+        ready, labels, hidden.shape[:-1], ignore_index=ignore_index, compact=compact,
+        scratch_bytes=scratch_bytes, stats=stats,
+    )  # fmt: skip
+
+
+def read_head(
+    ready: PreparedHead,
+    labels: Tensor | None,  # (N,) int64
+    shape: tuple[int, ...],  # of what is returned: N numbers
+    *,
+    ignore_index: int,
+    compact: bool,
+    scratch_bytes: int | None = None,
+    stats: bool = False,
+) -> LogpsWithStats:
+    """`call_head` of what is checked and cast."""
+    rows, weight, bias, transform, shard = ready
     operands = Operands(rows, weight, bias, labels, *transform, ignore_index, compact)
     wants_gradient = torch.is_grad_enabled()
     if scratch_bytes is None:
@@ -189,15 +205,26 @@ def call_head(
         from fastpref.parallel.vocab_shard import sharded_logps
 
         logps, lse, numbers = sharded_logps(operands, shard, stats, scratch_bytes)
-    shape = hidden.shape[:-1]
-    values = lse.view(shape) if temperature == 1 else lse.view(shape) * transform.temperature
+    return in_shape(logps, lse, numbers, operands, shape)
+
+
+def in_shape(
+    logps: Tensor,  # (N,), like all three as the operator returns them
+    lse: Tensor,  # (N,)
+    numbers: Tensor,  # (N, 3), or (N, 0) without stats
+    operands: Operands,
+    shape: tuple[int, ...],
+) -> LogpsWithStats:
+    """What an operator found, in the shape of the labels and the unit of the logits."""
+    labels, temperature = operands.labels, operands.temperature
+    values = lse.view(shape) if temperature == 1 else lse.view(shape) * temperature
     if labels is None:
         return LogpsWithStats(logps, values, numbers, numbers)
     logps = logps.view(shape)
-    if not stats:
+    if numbers.shape[1] == 0:
         return LogpsWithStats(logps, values, numbers, numbers)
     entropy, maximum, target_logit = numbers.view(*shape, 3).unbind(-1)
     entropy = entropy.masked_fill(target_logit.isnan(), torch.nan)
-    ignored = labels.view(shape) == ignore_index
+    ignored = labels.view(shape) == operands.ignore_index
     is_top1 = (target_logit >= maximum) & ~ignored
     return LogpsWithStats(logps, values, entropy.masked_fill(ignored, 0), is_top1)

@@ -40,7 +40,7 @@ class Found(NamedTuple):
 def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     """Log-probabilities, logsumexp and what else is wanted: `Found`."""
     operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
-    found, count = Found(*_outputs(*arguments)), operands.hidden.shape[0]
+    found, count = Found(*empty_found(*arguments)), operands.hidden.shape[0]
     rows = operands.rows()
     n_rows = operands.count(rows)
     operands.note_rows(rows, found.rows, found.n_rows)
@@ -72,7 +72,8 @@ def logps_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(found._replace(logps=logps, lse=lse, stats=stats))
 
 
-def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
+def empty_found(*arguments: Any) -> tuple[Tensor, ...]:
+    """Places for `Found`."""
     operands, (wants_jacobian, wants_stats, scratch_bytes) = Operands.split(arguments)
     hidden = operands.hidden
     (count, width), dtype = hidden.shape, statistics_dtype(hidden.dtype)
@@ -105,7 +106,7 @@ def _cache_bytes(operands: Operands, scratch_bytes: int) -> int:
 linear_logps_ops = register(
     "linear_logps",
     logps_and_more,
-    _outputs,
+    empty_found,
     f"({SCHEMA}, bool jacobian, bool stats, int scratch_bytes)"
     f" -> ({', '.join(['Tensor'] * len(Found._fields))})",
 )

@@ -142,6 +142,12 @@ def columns_per_cast(hidden_size: int, like: Tensor) -> int:
     return _columns(budget, hidden_size, like.dtype.itemsize)
 
 
+def rows_per_gather(width: int, like: Tensor) -> int:
+    """Rows of which so many numbers are gathered or multiplied at once."""
+    budget = CPU_TILE_BYTES if like.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+    return max(1, budget // (max(1, width) * like.dtype.itemsize))
+
+
 def _cpu_grid(rows: int, vocab_size: int, like: Tensor) -> Tiling:
     """One tile is the operand of one second product, and stays in the cache until then."""
     row_step = _even_step(rows, ROWS_PER_TILE, multiple=1)

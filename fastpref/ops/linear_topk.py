@@ -1,0 +1,245 @@
+"""Divergences from a teacher of whose distributions a few tokens are known."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_integers,
+    check_shape,
+    refuse,
+)
+from fastpref.ops.backend import statistics_dtype
+from fastpref.ops.head import Head, PreparedHead, prepare_labelled
+from fastpref.ops.linear_divergence import DivergenceWithStats
+from fastpref.ops.linear_logps import LogpsWithStats, read_head
+from fastpref.ops.operands import Operands
+from fastpref.ops.token_logits_op import token_logits_ops
+from fastpref.ops.topk_tails import TAILS
+
+NO_LABEL = -100  # of `read_head` here, whose labels are tokens of the vocabulary
+
+
+def linear_topk_divergence(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    token_ids: Tensor,
+    token_logps: Tensor,
+    labels: Tensor,
+    *,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    compact: bool = True,
+) -> Tensor:
+    r"""Forward KL from a teacher of which the likeliest tokens are known, without the logits.
+
+    With the teacher's :math:`p` on the K tokens of a position, the student's :math:`q` and
+    :math:`p_{rest} = 1 - \sum_K p, q_{rest} = 1 - \sum_K q`:
+
+    ================= =============================================================================
+    ``tail``          value
+    ================= =============================================================================
+    ``"bucket"``      :math:`\sum_K p \log (p / q) + p_{rest} \log (p_{rest} / q_{rest})`
+    ``"drop"``        :math:`\sum_K p \log (p / q)`
+    ``"renormalize"`` :math:`\sum_K \tilde p \log (\tilde p / \tilde q)`, both of sum 1 on the K
+    ================= =============================================================================
+
+    ``"bucket"`` counts all other tokens as one, as `DCKD <https://arxiv.org/abs/2502.17927>`_ does.
+    It never exceeds the KL over the whole vocabulary, and is 0 only where K tokens have the
+    teacher's probabilities. ``"drop"`` pays no regard to where the rest goes: it may be negative.
+
+    The gradient is the student's: the teacher's log-probabilities count as constants. Exact for any
+    loss made of the values, in as many matrix products as `linear_logps`; ``"renormalize"`` takes
+    none but with the K tokens.
+
+    Args:
+        student_hidden: (..., H) hidden states that the student's head reads; float64, float32,
+            float16 or bfloat16.
+        student_head: `Head`, or its weight (V, H), in the dtype of ``student_hidden`` (autocast
+            casts both).
+        token_ids: (..., K) integers, different ones at a position.
+        token_logps: (..., K) the teacher's log-probabilities of them in nats, of any floating-point
+            dtype. Where it is -inf there is no token, whatever the id.
+        labels: (...) integers, already shifted. They say which positions are left out.
+        tail: A name from the table.
+        temperature: Divides the student's logits. The teacher's are those of ``token_logps``.
+        ignore_index: The label of positions to leave out; their divergence is 0.
+        compact: Project only labelled rows, for which the host reads three counts from the device,
+            and where the head trains two more in the backward pass. ``False`` never waits for the
+            device (CUDA graphs), projects every row, and answers NaN where a label or a token is
+            outside the vocabulary.
+
+    Returns:
+        (...) divergences in nats, float32 (float64 for float64 students), 0 where ignored and where
+        a position has no token.
+
+    Raises:
+        ValueError: Shapes, devices or dtypes that do not fit; a number that is not finite or out of
+            range; an unknown tail; a head that is sharded over the vocabulary; with ``compact``, a
+            label outside ``[0, V)`` that is not ``ignore_index``, or a token outside.
+
+    Example:
+        >>> student, head = torch.randn(2, 3, 8, requires_grad=True), torch.randn(50, 8)
+        >>> teacher = torch.randn(2, 3, 50).log_softmax(-1)
+        >>> known, ids = teacher.topk(5)
+        >>> labels = torch.tensor([[4, 9, -100], [1, 2, 3]])
+        >>> found = linear_topk_divergence(student, head, ids, known, labels)
+        >>> found.shape, found[0, 2].item()
+        (torch.Size([2, 3]), 0.0)
+        >>> found.sum().backward()
+    """
+    given = _Tokens(token_ids, token_logps), tail, temperature, ignore_index, compact
+    return _call(student_hidden, student_head, labels, *given, stats=False).divergence
+
+
+def linear_topk_divergence_with_stats(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    token_ids: Tensor,
+    token_logps: Tensor,
+    labels: Tensor,
+    *,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    compact: bool = True,
+) -> DivergenceWithStats:
+    r"""`linear_topk_divergence`, and what `linear_logps_with_stats` gives of the student beside.
+
+    .. math:: D(q_t; p_t), \quad \log q_t(y_t), \quad \tau \log \sum_j \exp z_{t,j}, \quad
+              -\sum_j q_{t,j} \log q_{t,j}
+
+    In as many matrix products as `linear_logps`, whatever the tail.
+
+    Args:
+        student_hidden: As in `linear_topk_divergence`, like all that follows.
+        student_head: `Head`, or its weight (V, H).
+        token_ids: (..., K) integers.
+        token_logps: (..., K) the teacher's log-probabilities of them in nats.
+        labels: (...) integers, already shifted.
+        tail: ``"bucket"``, ``"drop"`` or ``"renormalize"``.
+        temperature: Divides the student's logits.
+        ignore_index: The label of positions to leave out.
+        compact: Project labelled rows only.
+
+    Returns:
+        `DivergenceWithStats`, float32 (float64 for float64 students) and bool.
+
+    Raises:
+        ValueError: As `linear_topk_divergence`.
+
+    Example:
+        >>> labels, ids = torch.tensor([4, 9]), torch.tensor([[4, 1], [9, 2]])
+        >>> logps = torch.full((2, 2), 0.02).log()  # as the student has them
+        >>> student = torch.zeros(2, 8), torch.randn(50, 8)
+        >>> found = linear_topk_divergence_with_stats(*student, ids, logps, labels)
+        >>> round(float(found.divergence[0]), 6), round(float(found.logps[0]), 3)  # log 1/50
+        (0.0, -3.912)
+    """
+    given = _Tokens(token_ids, token_logps), tail, temperature, ignore_index, compact
+    return _call(student_hidden, student_head, labels, *given, stats=True)
+
+
+class _Tokens(NamedTuple):
+    """Some tokens at every position."""
+
+    ids: Tensor  # (..., K) integers
+    logps: Tensor  # (..., K), the teacher's, -inf where there is no token
+
+
+def _call(
+    hidden: Tensor,  # (..., H)
+    head: Head | Tensor,
+    labels: Tensor,  # (...) integers
+    tokens: _Tokens,
+    tail: str,
+    temperature: float,
+    ignore_index: int,
+    compact: bool,
+    *,
+    stats: bool,
+) -> DivergenceWithStats:
+    """Check and cast the arguments, run the operators; what is not wanted comes back empty."""
+    check_choice("tail", tail, tuple(TAILS))
+    ready, flat = prepare_labelled(
+        hidden, head, labels, temperature, ignore_index, compact, prefix="student_"
+    )
+    _check_tokens(tokens, hidden)
+    count, ignored = tokens.ids.shape[-1], flat == ignore_index
+    log_p = tokens.logps.detach().reshape(-1, count).to(statistics_dtype(ready.hidden.dtype))
+    log_p = log_p.masked_fill(ignored.unsqueeze(1), -torch.inf)
+    ids = tokens.ids.reshape(-1, count).to(torch.int64).masked_fill(log_p == -torch.inf, 0)
+    if stats:  # of the label the student's numbers are wanted, too
+        ids = torch.cat((ids, flat.masked_fill(ignored, 0).unsqueeze(1)), dim=1)
+    operands = Operands(*ready[:3], flat, *ready.transform, ignore_index, compact)
+    logits = token_logits_ops.of(operands)(*operands, ids)[0]
+    if stats or tail != "renormalize":
+        log_q, student = _read_student(ready, operands, ids, logits, stats=stats)
+    else:
+        log_q, student = logits, LogpsWithStats(*[logits.new_empty(0)] * 4)
+    divergence = TAILS[tail](log_q[:, :count], log_p)
+    if not compact:
+        outside = _outside(flat, ready) | _outside(ids, ready).any(1)
+        divergence = divergence.masked_fill(outside, torch.nan)
+    divergence = divergence.masked_fill(ignored, 0).view(labels.shape)
+    if not stats:
+        return DivergenceWithStats(divergence, *student)
+    return DivergenceWithStats(divergence, *(one.view(labels.shape) for one in student))
+
+
+def _read_student(
+    ready: PreparedHead,
+    operands: Operands,
+    ids: Tensor,  # (N, K), with ``stats`` the label last
+    logits: Tensor,  # (N, K)
+    *,
+    stats: bool,
+) -> tuple[Tensor, LogpsWithStats]:
+    """Log-probabilities (N, K) of the tokens, and with ``stats`` the label's and its beside.
+
+    The likeliest of the tokens takes the label's place in the pass over the vocabulary, which keeps
+    the digits of what its probability leaves of 1.
+    """
+    labels = operands.labels
+    assert labels is not None
+    ignored = labels == operands.ignore_index
+    best = logits.detach().argmax(1, keepdim=True)
+    top, at_top = ids.gather(1, best), logits.gather(1, best)
+    instead = torch.where(_outside(labels, ready), labels, top.squeeze(1))
+    found = read_head(
+        ready, instead.masked_fill(ignored, NO_LABEL), labels.shape,
+        ignore_index=NO_LABEL, compact=operands.compact, stats=stats,
+    )  # fmt: skip
+    of_top = found.logps.unsqueeze(1)
+    log_q = torch.where(ids == top, of_top, logits - at_top + of_top)
+    log_q = log_q.masked_fill(logits == -torch.inf, -torch.inf)
+    if not stats:
+        return log_q, found
+    is_top = (top == ids[:, -1:]) | (logits[:, -1:] >= at_top)
+    return log_q, found._replace(
+        logps=log_q[:, -1].masked_fill(ignored, 0), is_top1=found.is_top1 & is_top.squeeze(1)
+    )
+
+
+def _outside(ids: Tensor, ready: PreparedHead) -> Tensor:
+    """Which of the tokens are not in the vocabulary."""
+    return (ids < 0) | (ids >= ready.weight.shape[0])
+
+
+def _check_tokens(tokens: _Tokens, hidden: Tensor) -> None:
+    check_integers("token_ids", tokens.ids)
+    check_floating("token_logps", tokens.logps)
+    shape = hidden.shape[:-1]
+    if tokens.ids.shape[:-1] != shape or tokens.ids.dim() == 0 or tokens.ids.shape[-1] == 0:
+        expected = f"shape ({', '.join(map(str, (*shape, 'K')))}), K at least 1"
+        refuse("token_ids", expected, tuple(tokens.ids.shape))
+    check_shape("token_logps", tokens.logps, tokens.ids.shape, "like token_ids")
+    check_device("token_ids", tokens.ids, "student_hidden", hidden)
+    check_device("token_logps", tokens.logps, "student_hidden", hidden)
