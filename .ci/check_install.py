@@ -216,13 +216,14 @@ def check_advice() -> None:
     """What needs an extra says which, in an ImportError of ours."""
     from fastpref import collate_pairs
     from fastpref.models import load_reward_head
-    from fastpref.teacher import add_shaping, load_shaping, load_teacher, read_rows
+    from fastpref.teacher import add_kd_cache, add_shaping, load_shaping, load_teacher, read_rows
 
     Path("pairs.parquet").touch()
     calls: list[tuple[str, str, Callable[[], Any]]] = [
         ("collate_pairs", "teacher", lambda: collate_pairs([{}], None)),
         ("load_reward_head", "teacher", lambda: load_reward_head(None, ".")),
         ("add_shaping", "teacher", lambda: add_shaping([], None, None, "out.parquet")),
+        ("add_kd_cache", "teacher", lambda: add_kd_cache([], None, None, "out.parquet", top_k=1)),
         ("load_shaping", "teacher", lambda: load_shaping("pairs.parquet")),
         ("load_teacher", "teacher", lambda: load_teacher("teacher")),
         ("read_rows", "teacher", lambda: read_rows("pairs.parquet")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counting import flops_of
 from test_against_logits import batch_of
 from training import TOKENIZER, dataset, history, student, teacher, trainer
 
@@ -108,6 +109,26 @@ def test_a_teacher_with_fewer_tokens(tmp_path):
     data = add_kd_cache(dataset(), small, TOKENIZER, file, student=model)
     found = train(tmp_path / "found", data, model)
     assert_same_step(found, with_teacher(tmp_path / "expected", model, teacher_model=small))
+
+
+@pytest.mark.parametrize(("kind", "products"), [("means", 2), ("tokens", 3)])
+def test_products(tmp_path, kind, products):
+    """As docs/methods.md says; the head of the tokens' student trains."""
+    sizes = {"vocab_size": 20_000}
+    model = frozen(**sizes) if kind == "means" else student(**sizes)
+    options = {"student": model} if kind == "means" else {"top_k": 4}
+    file, tall = tmp_path / "pairs.parquet", teacher(**sizes)
+    found = train(tmp_path, add_kd_cache(dataset(), tall, TOKENIZER, file, **options), model)
+    batch = batch_of(found)
+    tokens = int(batch["completion_mask"][:, 1:].sum())
+
+    def step() -> None:
+        found.compute_loss(found.model, dict(batch)).backward()
+
+    step()
+    measured = flops_of(step) / (2 * sizes["vocab_size"] * 16)
+    # The rest is the layers, and one position for the model's own idea of its logits.
+    assert products * tokens < measured < products * tokens * 1.02 + 6
 
 
 @pytest.mark.parametrize("tail", ["bucket", "drop", "renormalize"])
