@@ -22,7 +22,8 @@ from fastpref.teacher.kd_cache import BIASES, ENTROPIES, TOKEN_IDS, TOKEN_LOGPS,
 from fastpref.teacher.model import head_digest
 from fastpref.teacher.store import note_of
 
-MEANS, TOP_K = (WEIGHTS, ENTROPIES), (TOKEN_IDS, TOKEN_LOGPS)
+MEANS: tuple[str, ...] = (WEIGHTS, ENTROPIES)
+TOP_K: tuple[str, ...] = (TOKEN_IDS, TOKEN_LOGPS)
 # What fills up columns: nothing is likely outside a response.
 FILL = {TOKEN_LOGPS: -torch.inf}
 ROWS_AT_ONCE = 1000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from fastpref.ops import (
 )
 from fastpref.responses import sum_responses
 from fastpref.teacher.kd_cache import BIASES, ENTROPIES, TOKEN_IDS, TOKEN_LOGPS, WEIGHTS
+
+Compare = Callable[..., DivergenceWithStats | Tensor]
 
 
 class Sides(NamedTuple):
@@ -79,16 +81,17 @@ class CachedReading(NamedTuple):
         """The forward KL (n, T + 1) to a student on some of the responses."""
         rows = sides.within(self.sides).rows(len(states) // (sides.end - sides.first))
         found = {name: values[rows].to(states.device) for name, values in self.columns.items()}
+        compare: Compare
         if TOKEN_IDS in found:
-            top_k = linear_topk_divergence_with_stats if stats else linear_topk_divergence
+            compare = linear_topk_divergence_with_stats if stats else linear_topk_divergence
             likeliest = found[TOKEN_IDS], found[TOKEN_LOGPS]
             options = {"tail": self.topk_tail, "temperature": temperature}
-            return top_k(states, head, *likeliest, targets, **options)
-        whole = linear_cached_kl_with_stats if stats else linear_cached_kl
+            return compare(states, head, *likeliest, targets, **options)
+        compare = linear_cached_kl_with_stats if stats else linear_cached_kl
         means = TeacherMeans(found[WEIGHTS], found.get(BIASES), found[ENTROPIES])
         bias = None if head.bias is None else head.bias[: self.vocab_size]
         head = head._replace(weight=head.weight[: self.vocab_size], bias=bias)
-        return whole(states, head, means, targets, temperature=temperature)
+        return compare(states, head, means, targets, temperature=temperature)
 
 
 class Comparison(NamedTuple):
@@ -209,8 +212,8 @@ def _compare(
         "scratch_bytes": scratch_bytes,
     }
     del options["models"]
-    function = linear_divergence_with_stats if stats else linear_divergence
-    return function(states, head, teacher, teacher_head, targets, **options)
+    compare: Compare = linear_divergence_with_stats if stats else linear_divergence
+    return compare(states, head, teacher, teacher_head, targets, **options)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
