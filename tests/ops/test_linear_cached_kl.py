@@ -65,7 +65,7 @@ def test_equals_the_reference(dtype, case, compact):
     stats = linear_logps_with_stats(hidden, head, labels, compact=compact, **options)
     assert torch.equal(found.entropy, stats.entropy) and torch.equal(found.is_top1, stats.is_top1)
     alone = linear_cached_kl(hidden, head, means, labels, compact=compact, **options)
-    torch.testing.assert_close(alone, found.divergence, rtol=1e-6, atol=1e-6 * alone.abs().max())
+    torch.testing.assert_close(alone, found.divergence, rtol=1e-6, atol=1e-5)
     weights = torch.randn(3, *labels.shape, dtype=torch.float64) * labelled
     for one in values:
         terms = zip(weights, one, strict=True)

@@ -39,11 +39,13 @@ class TopK(NamedTuple):
 
     def nearby(self, *, trained: bool) -> TopK:
         """In float64, but for errors in the inputs that float32 would not notice."""
+        generator = torch.Generator().manual_seed(0)
 
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             if tensor is None:
                 return None
-            return tensor.double() * (1 + 2.0**-20 * torch.randn(tensor.shape).double())
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            return tensor.double() * (1 + 2.0**-20 * noise)
 
         hidden, (weight, bias, *more), *rest = self.student
         head = Head(moved(weight), moved(bias), *more)
@@ -66,9 +68,9 @@ class TopK(NamedTuple):
         terms = torch.where(known, log_p.exp() * (log_p - at_tokens), 0)
         if tail == "bucket":
             named = torch.zeros_like(log_q).scatter_add(-1, ids, known.to(log_q.dtype))
-            of_q = log_q.masked_fill(named > 0, -torch.inf).logsumexp(-1)
-            of_p = (1 - log_p.exp().sum(-1)).clamp_min(1e-30).log()
             some = (named == 0).any(-1)  # tokens are left
+            of_q = log_q.masked_fill((named > 0) & some.unsqueeze(-1), -torch.inf).logsumexp(-1)
+            of_p = (1 - log_p.exp().sum(-1)).clamp_min(1e-30).log()
             terms[..., 0] += torch.where(some, of_p.exp() * (of_p - of_q), 0)
         none = (labels == options["ignore_index"]) | ~known.any(-1)
         return torch.where(none, 0, terms.nan_to_num(0).sum(-1))

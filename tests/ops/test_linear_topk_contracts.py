@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from counting import flops_of, peak_bytes_of
+from torch.distributed import HashStore
 from torch.library import opcheck
 
 from fastpref import Head, linear_topk_divergence, linear_topk_divergence_with_stats
@@ -163,3 +164,14 @@ def test_bad_input_is_refused(changes, message, function):
     given |= {"token_ids": IDS, "token_logps": LOGPS, "labels": LABELS}
     with pytest.raises(ValueError, match=f"^{message}"):
         function(**{**given, **changes})
+
+
+def test_a_head_over_several_processes_is_refused():
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        head = Head(torch.zeros(11, 5), group=torch.distributed.group.WORLD)
+        message = "student_head: expected one that is not sharded over the vocabulary"
+        with pytest.raises(ValueError, match=message):
+            linear_topk_divergence(torch.zeros(4, 5), head, IDS, LOGPS, LABELS)
+    finally:
+        torch.distributed.destroy_process_group()
