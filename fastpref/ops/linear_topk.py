@@ -16,14 +16,15 @@ from fastpref.checks import (
     refuse,
 )
 from fastpref.ops.backend import statistics_dtype
-from fastpref.ops.head import Head, PreparedHead, prepare_labelled
+from fastpref.ops.divergences import times
+from fastpref.ops.head import Head, prepare_labelled
 from fastpref.ops.linear_divergence import DivergenceWithStats
-from fastpref.ops.linear_logps import LogpsWithStats, read_head
 from fastpref.ops.operands import Operands
-from fastpref.ops.token_logits_op import token_logits_ops
-from fastpref.ops.topk_tails import TAILS
+from fastpref.ops.softmax_rows import NO_TOKEN
+from fastpref.ops.topk_op import Found, topk_ops
+from fastpref.ops.topk_tails import bucket, drop, joined, normalise, renormalize
 
-NO_LABEL = -100  # of `read_head` here, whose labels are tokens of the vocabulary
+TAILS = ("bucket", "drop", "renormalize")
 
 
 def linear_topk_divergence(
@@ -56,8 +57,9 @@ def linear_topk_divergence(
     teacher's probabilities. ``"drop"`` pays no regard to where the rest goes: it may be negative.
 
     The gradient is the student's: the teacher's log-probabilities count as constants. Exact for any
-    loss made of the values, in as many matrix products as `linear_logps`; ``"renormalize"`` takes
-    none but with the K tokens.
+    loss made of the values. Two matrix products with the head where only ``student_hidden`` needs a
+    gradient, four where the head trains, one without gradients, and for ``"renormalize"`` none:
+    beside products with the K tokens of every position.
 
     Args:
         student_hidden: (..., H) hidden states that the student's head reads; float64, float32,
@@ -71,10 +73,9 @@ def linear_topk_divergence(
         tail: A name from the table.
         temperature: Divides the student's logits. The teacher's are those of ``token_logps``.
         ignore_index: The label of positions to leave out; their divergence is 0.
-        compact: Project only labelled rows, for which the host reads three counts from the device,
-            and where the head trains two more in the backward pass. ``False`` never waits for the
-            device (CUDA graphs), projects every row, and answers NaN where a label or a token is
-            outside the vocabulary.
+        compact: Project only labelled rows, for which the host reads two counts from the device.
+            ``False`` never waits for the device (CUDA graphs), projects every row, and answers NaN
+            where a label or a token is outside the vocabulary.
 
     Returns:
         (...) divergences in nats, float32 (float64 for float64 students), 0 where ignored and where
@@ -116,7 +117,7 @@ def linear_topk_divergence_with_stats(
     .. math:: D(q_t; p_t), \quad \log q_t(y_t), \quad \tau \log \sum_j \exp z_{t,j}, \quad
               -\sum_j q_{t,j} \log q_{t,j}
 
-    In as many matrix products as `linear_logps`, whatever the tail.
+    All of it in the matrix products that ``"bucket"`` takes.
 
     Args:
         student_hidden: As in `linear_topk_divergence`, like all that follows.
@@ -166,8 +167,8 @@ def _call(
     *,
     stats: bool,
 ) -> DivergenceWithStats:
-    """Check and cast the arguments, run the operators; what is not wanted comes back empty."""
-    check_choice("tail", tail, tuple(TAILS))
+    """Check and cast the arguments, run the operator; what is not wanted comes back empty."""
+    check_choice("tail", tail, TAILS)
     ready, flat = prepare_labelled(
         hidden, head, labels, temperature, ignore_index, compact, prefix="student_"
     )
@@ -175,69 +176,72 @@ def _call(
     count, ignored = tokens.ids.shape[-1], flat == ignore_index
     log_p = tokens.logps.detach().reshape(-1, count).to(statistics_dtype(ready.hidden.dtype))
     log_p = log_p.masked_fill(ignored.unsqueeze(1), -torch.inf)
-    ids = tokens.ids.reshape(-1, count).to(torch.int64).masked_fill(log_p == -torch.inf, 0)
-    if stats:  # of the label the student's numbers are wanted, too
-        ids = torch.cat((ids, flat.masked_fill(ignored, 0).unsqueeze(1)), dim=1)
+    ids = tokens.ids.reshape(-1, count).to(torch.int64)
+    ids = ids.masked_fill(log_p == -torch.inf, NO_TOKEN)
+    if stats:  # one more token, of which the teacher says nothing
+        ids = torch.cat((ids, flat.masked_fill(ignored, NO_TOKEN).unsqueeze(1)), dim=1)
     operands = Operands(*ready[:3], flat, *ready.transform, ignore_index, compact)
-    logits = token_logits_ops.of(operands)(*operands, ids)[0]
-    if stats or tail != "renormalize":
-        log_q, student = _read_student(ready, operands, ids, logits, stats=stats)
+    wants_rest = stats or tail != "renormalize"
+    by_jacobian = torch.is_grad_enabled() and ready.hidden.requires_grad and not ready.trains()
+    op = topk_ops.of(operands)
+    found = Found(*op(*operands, ids, wants_rest, wants_rest and by_jacobian))
+    logits = found.logits.masked_fill(ids == NO_TOKEN, -torch.inf)
+    if not wants_rest:
+        values = [renormalize(logits, log_p)]
     else:
-        log_q, student = logits, LogpsWithStats(*[logits.new_empty(0)] * 4)
-    divergence = TAILS[tail](log_q[:, :count], log_p)
+        values = _values(found, logits, log_p, ids, tail, ready.transform.temperature, stats=stats)
     if not compact:
-        outside = _outside(flat, ready) | _outside(ids, ready).any(1)
-        divergence = divergence.masked_fill(outside, torch.nan)
-    divergence = divergence.masked_fill(ignored, 0).view(labels.shape)
-    if not stats:
-        return DivergenceWithStats(divergence, *student)
-    return DivergenceWithStats(divergence, *(one.view(labels.shape) for one in student))
+        named = torch.cat((ids, flat.unsqueeze(1)), dim=1)
+        outside = (named < 0) | (named >= ready.weight.shape[0])
+        outside = (outside & (named != NO_TOKEN)).any(1)
+        values = [
+            one.masked_fill(outside, False if one.dtype == torch.bool else torch.nan)
+            for one in values
+        ]
+    values = [one.masked_fill(ignored, 0).view(labels.shape) for one in values]
+    empty = found.rest.new_empty(0)
+    return DivergenceWithStats(*values, *[empty] * (len(DivergenceWithStats._fields) - len(values)))
 
 
-def _read_student(
-    ready: PreparedHead,
-    operands: Operands,
-    ids: Tensor,  # (N, K), with ``stats`` the label last
-    logits: Tensor,  # (N, K)
+def _values(
+    found: Found,
+    logits: Tensor,  # (N, K), with ``stats`` and the label's (N, K + 1); -inf where no token is
+    log_p: Tensor,  # (N, K)
+    ids: Tensor,  # like the logits
+    tail: str,
+    temperature: float,
     *,
     stats: bool,
-) -> tuple[Tensor, LogpsWithStats]:
-    """Log-probabilities (N, K) of the tokens, and with ``stats`` the label's and its beside.
-
-    The likeliest of the tokens takes the label's place in the pass over the vocabulary, which keeps
-    the digits of what its probability leaves of 1.
-    """
-    labels = operands.labels
-    assert labels is not None
-    ignored = labels == operands.ignore_index
-    best = logits.detach().argmax(1, keepdim=True)
-    top, at_top = ids.gather(1, best), logits.gather(1, best)
-    instead = torch.where(_outside(labels, ready), labels, top.squeeze(1))
-    found = read_head(
-        ready, instead.masked_fill(ignored, NO_LABEL), labels.shape,
-        ignore_index=NO_LABEL, compact=operands.compact, stats=stats,
-    )  # fmt: skip
-    of_top = found.logps.unsqueeze(1)
-    log_q = torch.where(ids == top, of_top, logits - at_top + of_top)
-    log_q = log_q.masked_fill(logits == -torch.inf, -torch.inf)
+) -> list[Tensor]:
+    """The divergence (N,), and with ``stats`` the other fields of `DivergenceWithStats`."""
+    count = log_p.shape[1]
+    if stats:  # a label among the K tokens counts once
+        column = (ids == ids[:, count:]).to(torch.uint8).argmax(1, keepdim=True)
+        extra = logits[:, count:].masked_fill(column < count, -torch.inf)
+        logits = torch.cat((logits[:, :count], extra), dim=1)
+    log_q, lse = normalise(torch.cat((logits, found.rest.unsqueeze(1)), dim=1))
+    log_rest = joined(log_q[:, count], log_q[:, -1]) if stats else log_q[:, -1]
+    if tail == "bucket":
+        divergence = bucket(log_q[:, :count], log_p, log_rest)
+    else:
+        divergence = {"drop": drop, "renormalize": renormalize}[tail](log_q[:, :count], log_p)
     if not stats:
-        return log_q, found
-    is_top = (top == ids[:, -1:]) | (logits[:, -1:] >= at_top)
-    return log_q, found._replace(
-        logps=log_q[:, -1].masked_fill(ignored, 0), is_top1=found.is_top1 & is_top.squeeze(1)
-    )
-
-
-def _outside(ids: Tensor, ready: PreparedHead) -> Tensor:
-    """Which of the tokens are not in the vocabulary."""
-    return (ids < 0) | (ids >= ready.weight.shape[0])
+        return [divergence]
+    maximum, of_rest = found.stats.unbind(1)
+    logs = log_q.detach()
+    of_tokens = times(logs.exp(), logs, out=torch.empty_like(logs)).sum(1)
+    entropy = logs[:, -1].exp() * of_rest - of_tokens
+    target = logits.detach().gather(1, column).squeeze(1)
+    is_top1 = target >= torch.maximum(logits.detach().amax(1), maximum)
+    logps = log_q.gather(1, column).squeeze(1)
+    return [divergence, logps, lse * temperature, entropy, is_top1]
 
 
 def _check_tokens(tokens: _Tokens, hidden: Tensor) -> None:
     check_integers("token_ids", tokens.ids)
     check_floating("token_logps", tokens.logps)
     shape = hidden.shape[:-1]
-    if tokens.ids.shape[:-1] != shape or tokens.ids.dim() == 0 or tokens.ids.shape[-1] == 0:
+    if tokens.ids.dim() == 0 or tokens.ids.shape[:-1] != shape or tokens.ids.shape[-1] == 0:
         expected = f"shape ({', '.join(map(str, (*shape, 'K')))}), K at least 1"
         refuse("token_ids", expected, tuple(tokens.ids.shape))
     check_shape("token_logps", tokens.logps, tokens.ids.shape, "like token_ids")

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fastpref.ops.backend import statistics_dtype
-from fastpref.ops.divergence_rows import normalise_, product, project
-from fastpref.ops.divergences import times
+from fastpref.ops.divergence_rows import product
 from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread, take
-from fastpref.ops.tiling import blocks, carve, padded, rows_per_block, rows_per_piece
+from fastpref.ops.softmax_rows import softmax_blocks
 from fastpref.ops.torch_tiles import LogitTransform
 
 
@@ -47,35 +46,20 @@ def means_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _read(teacher: Logits, student: Logits, found: Found) -> None:
-    """Write the numbers of every row, of which the teacher projects some at a time."""
-    (count, vocab_size), like = teacher.shape(), found.entropy
-    step = rows_per_block(count, vocab_size, like)
-    piece = min(step, rows_per_piece(vocab_size, like))
-    tile = like.new_empty(step * padded(vocab_size))
-    spare = like.new_empty(piece * padded(vocab_size))
-    of_top = like.new_empty(step)
-    top = torch.empty(step, dtype=torch.int64, device=like.device)
-    for rows in blocks(0, count, step):
-        size = rows.stop - rows.start
-        p = carve(tile, size, vocab_size)
-        project(teacher, rows, p)
-        for some in blocks(0, size, piece):
-            logits = teacher.transform.apply_(p[some])
-            out = carve(spare, len(logits), vocab_size)
-            _, column, others = normalise_(logits, out=out)
-            found.entropy[rows][some] = others.log1p() - times(out, logits, out=logits).sum(1)
-            # The largest probability stays out of the product: its operands may be rounded.
-            p[some] = out.scatter_(1, column, 0)
-            of_top[some], top[some] = 1 / (1 + others), column.squeeze(1)
+    """Write the numbers of every row."""
+    dtype = found.weight.dtype
+    for block in softmax_blocks(teacher, dtype):
+        rows, p = block.rows, block.probabilities
+        # The largest probability stays out of the product, whose operands may be rounded.
+        of_top, top = p.gather(1, block.top), block.top.squeeze(1)
+        p.scatter_(1, block.top, 0)
         product(p, student, found.weight[rows])
-        share = of_top[:size]
-        means, weight = found.weight[rows], take(student.weight, top[:size])
-        means.addcmul_(weight.to(like.dtype), share.unsqueeze(1))
-        if student.bias is None:
-            found.bias[rows] = 0
-        else:
-            bias = student.bias.to(like.dtype)
-            found.bias[rows] = (p @ bias).addcmul_(take(bias, top[:size]), share)
+        found.weight[rows].addcmul_(take(student.weight, top).to(dtype), of_top)
+        found.entropy[rows] = block.entropy
+        found.bias[rows] = 0
+        if student.bias is not None:
+            bias = student.bias.to(dtype)
+            found.bias[rows] = (p @ bias).addcmul_(take(bias, top), of_top.squeeze(1))
 
 
 def _outputs(*arguments: Any) -> tuple[Tensor, ...]:

@@ -1,11 +1,10 @@
-"""Divergences of two distributions of which K tokens are known: what to make of all others.
+"""Divergences of two distributions of which some tokens are known: what to make of all others.
 
-Log-probabilities are (n, K) and -inf where there is no token.
+Log-probabilities are (n, K), -inf where there is no token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +14,27 @@ from torch.autograd import Function
 from fastpref.ops.divergences import times
 
 
-def bucket(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) (n,) of the K tokens and one that stands for all others."""
-    log_q, log_p = (torch.cat((one, _log_rest(one).unsqueeze(1)), dim=1) for one in (log_q, log_p))
-    return _forward_kl(log_q, log_p)
+def bucket(log_q: Tensor, log_p: Tensor, log_rest: Tensor) -> Tensor:
+    """KL(p || q) (n,) of the tokens and one that stands for all others; of q it is ``log_rest``.
+
+    Where q has no others, p has none either: what is left of 1 there is a rounding error.
+    """
+    none = log_rest == -torch.inf
+    of_p = _log_rest(log_p).masked_fill(none, -torch.inf)
+    return _forward_kl(*(
+        torch.cat((one, rest.unsqueeze(1)), dim=1)
+        for one, rest in ((log_q, log_rest), (log_p, of_p))
+    ))  # fmt: skip
 
 
 def drop(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The K tokens' part (n,) of KL(p || q)."""
+    """The tokens' part (n,) of KL(p || q)."""
     p = log_p.exp()
     return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(1)
 
 
 def renormalize(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) (n,) given that it is one of the K tokens; ``log_q`` may lack its normaliser."""
+    """KL(p || q) (n,) given that it is one of the tokens; ``log_q`` may lack its normaliser."""
     nothing = log_p == -torch.inf
     # A finite number, of which a row without any token makes no NaN.
     lowest = torch.finfo(log_p.dtype).min
@@ -39,34 +45,46 @@ def renormalize(log_q: Tensor, log_p: Tensor) -> Tensor:
     return _forward_kl(log_q, log_p)
 
 
-TAILS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "bucket": bucket,
-    "drop": drop,
-    "renormalize": renormalize,
-}
+def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (n, K) and logsumexp (n,).
+
+    Unlike those of ``log_softmax`` they know what a token that is all but certain leaves of 1.
+    """
+    top = logits.detach().argmax(1, keepdim=True)
+    at_top = logits.gather(1, top)
+    above = logits - at_top
+    others = above.exp().scatter(1, top, 0).sum(1, keepdim=True).log1p()
+    return above - others, (at_top + others).squeeze(1)
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """``logaddexp``, with a gradient of 0 where both are -inf."""
+    none = (one == -torch.inf) & (other == -torch.inf)
+    return torch.logaddexp(one.masked_fill(none, 0), other).masked_fill(none, -torch.inf)
 
 
 def _log_rest(logs: Tensor) -> Tensor:
-    """Logarithm (n,) of what probabilities leave of 1.
+    """Logarithm (n,) of what log-probabilities leave of 1, which is at least a rounding error.
 
-    Where one of them is nearly all, its logarithm still knows what it leaves. What all others then
-    leave of that has an error of rounding, above which the result is held.
+    Where one of them is nearly all, its logarithm still knows what it leaves.
     """
     top = logs.argmax(1, keepdim=True)
     left = -torch.expm1(logs.gather(1, top).squeeze(1))
     rest = left - logs.exp().scatter(1, top, 0).sum(1)
     numbers = torch.finfo(logs.dtype)
-    return torch.maximum(rest, 4 * numbers.eps * left).clamp_min(numbers.tiny).log()
+    return torch.maximum(rest, numbers.eps * left).clamp_min(numbers.tiny).log()
 
 
 def _forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """``sum p log(p / q) + q - p`` (n,), where the second part sums to 0."""
     divergence: Tensor = _ForwardKL.apply(log_q, log_p)  # type: ignore[no-untyped-call]  # autograd's own
     return divergence
 
 
 class _ForwardKL(Function):
-    """As `divergences.forward_kl`: no digit is lost where p is close to q, nor in the gradient."""
+    """``sum p log(p / q) + q - p`` (n,), as `divergences.forward_kl` has it.
+
+    The second part sums to 0: with it no digit is lost where p is close to q.
+    """
 
     @staticmethod
     def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> Tensor:
