@@ -121,7 +121,8 @@ def test_help_names_every_option(run, command, options):
     ],
 )  # fmt: skip
 def test_it_writes_distributions(run, tmp_path, arguments, columns):
-    assert run(*KD, *arguments) == (0, f"out.parquet: 7 pairs with {columns}\n", "")
+    code, out, _ = run(*KD, *arguments)
+    assert (code, out) == (0, f"out.parquet: 7 pairs with {columns}\n")
     assert load_shaping(tmp_path / "out.parquet")[columns.split(",")[0]][0]
 
 

@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from closeness import assert_no_worse
-from tiny_models import rows, tiny_model, tiny_tokenizer
+from tiny_models import conversation, rows, tiny_model, tiny_tokenizer
 
 from fastpref.ops import Head
 from fastpref.ops.top_logps import top_logps
@@ -165,9 +165,10 @@ def test_what_is_refused(teacher, tmp_path, options, message):
 
 def test_values_that_are_not_finite_are_refused(teacher, tmp_path):
     with torch.no_grad():
-        teacher.model.embed_tokens.weight[TOKENIZER("sky")["input_ids"]] = torch.inf
-    with pytest.raises(ValueError, match="got NaN or infinity for rows"):
-        add_kd_cache(rows(), teacher, TOKENIZER, tmp_path / "a.parquet", top_k=2)
+        teacher.model.embed_tokens.weight[TOKENIZER.convert_tokens_to_ids("x")] = torch.inf
+    examples = [*rows(2), conversation("x", "sky", "rain")]
+    with pytest.raises(ValueError, match=r"got NaN or infinity for rows \[2\]"):
+        add_kd_cache(examples, teacher, TOKENIZER, tmp_path / "a.parquet", top_k=2)
 
 
 def test_a_soft_cap_is_refused(teacher, student, tmp_path):

@@ -26,6 +26,7 @@ MEANS: tuple[str, ...] = (WEIGHTS, ENTROPIES)
 TOP_K: tuple[str, ...] = (TOKEN_IDS, TOKEN_LOGPS)
 # What fills up columns: nothing is likely outside a response.
 FILL = {TOKEN_LOGPS: -torch.inf}
+ROW = "fastpref_row"  # the number of a row, while TRL makes its tokens
 ROWS_AT_ONCE = 1000
 
 
@@ -55,8 +56,14 @@ class TeacherColumns:
         if not isinstance(dataset, Dataset):
             return tokenize(dataset)
         ours = dataset.with_format(None).select_columns([*self.columns])
-        tokens = tokenize(dataset.remove_columns([*self.columns]))
-        found = concatenate_datasets([tokens.with_format(None), ours], axis=1)
+        rest = dataset.remove_columns([*self.columns]).add_column(ROW, list(range(len(dataset))))
+        tokens = tokenize(rest).with_format(None)
+        kept = tokens[ROW][:]  # TRL drops rows whose prompt fills max_length
+        if len(kept) < len(ours):
+            ours = ours.select(kept)
+        # Else concatenating them would flatten both, which copies.
+        tokens = tokens.remove_columns(ROW).flatten_indices()
+        found = concatenate_datasets([tokens, ours], axis=1)
         self._check_positions(found, name)
         # Lists of lists are read much sooner as arrays.
         return found.with_format("numpy", columns=[*self.columns], output_all_columns=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class CachedReading(NamedTuple):
         if TOKEN_IDS in found:
             compare = linear_topk_divergence_with_stats if stats else linear_topk_divergence
             likeliest = found[TOKEN_IDS], found[TOKEN_LOGPS]
-            options = {"tail": self.topk_tail, "temperature": temperature}
+            options: dict[str, Any] = {"tail": self.topk_tail, "temperature": temperature}
             return compare(states, head, *likeliest, targets, **options)
         compare = linear_cached_kl_with_stats if stats else linear_cached_kl
         means = TeacherMeans(found[WEIGHTS], found.get(BIASES), found[ENTROPIES])
