@@ -153,7 +153,7 @@ def noted(dtype: str, **settings: Any) -> Any:
 
 def note_of(dataset: Any, column: str) -> dict[str, Any] | None:
     """What a column of numbers, or of lists of them, remembers; None for columns of others."""
-    feature = (dataset.features or {}).get(column)
+    feature: Any = (dataset.features or {}).get(column)
     while hasattr(feature, "feature"):  # of a list
         feature = feature.feature
     note = str(getattr(feature, "id", None))
