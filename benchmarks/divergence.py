@@ -384,7 +384,9 @@ def plot(json_path: Path, image_path: Path) -> None:
     rows = [row for row in report["rows"] if row["dtype"] == "float32"] or report["rows"]
     most = max(row["tokens"] for row in rows)
     rows = [row for row in rows if row["tokens"] == most and row["status"] == "ok"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.6), sharex=True, sharey="row", layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(9, 6.6), sharex=True, sharey="row", layout="constrained"
+    )
     for column, head in enumerate(HEADS):
         for place, (peer, color) in enumerate(STYLES.items()):
             chosen = [row for row in rows if row["peer"] == peer and row["head"] == head]
