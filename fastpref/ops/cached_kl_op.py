@@ -28,7 +28,7 @@ def divergence_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     """Divergences (N,) from the teacher whose means these are, and the student's `Found`."""
     operands, (means, of_bias, entropy, wants_jacobian, wants_stats) = Operands.split(arguments)
     student = Found(*logps_and_more(*operands, wants_jacobian, wants_stats, 0))
-    divergence, factor = student.lse - entropy, operands.transform().factor
+    divergence, factor = student.lse - entropy.to(student.lse.dtype), operands.transform().factor
     for rows in blocks(0, len(divergence), rows_per_gather(means.shape[1], divergence)):
         hidden = operands.hidden[rows].to(divergence.dtype)
         divergence[rows] -= factor * (hidden * means[rows]).sum(1)

@@ -82,8 +82,7 @@ def teacher_means(
             teacher_hidden, teacher_head, labels, temperature, ignore_index, compact,
             prefix="teacher_",
         )  # fmt: skip
-        student = _prepare_student(student_head)
-        check_device("student_weight", student.weight, "teacher_hidden", ready.hidden)
+        student = _prepare_student(student_head, ready.hidden)
         vocab_size = min(ready.weight.shape[0], student.weight.shape[0])
         ready, student = ready.cut(vocab_size), student.cut(vocab_size)
         operands = Operands(*ready[:3], flat, *ready.transform, ignore_index, compact)
@@ -102,11 +101,12 @@ def refuse_softcap(softcap: float | None) -> None:
         refuse("student_softcap", "None: capped logits are no linear function", softcap)
 
 
-def _prepare_student(head: Head | Tensor) -> PreparedHead:
+def _prepare_student(head: Head | Tensor, teacher_hidden: Tensor) -> PreparedHead:
     """The student's head, checked and cast, without hidden states."""
     weight, _, _, softcap, _ = as_head(head, prefix="student_")
     refuse_softcap(softcap)
     check_floating("student_weight", weight)
+    check_device("student_weight", weight, "teacher_hidden", teacher_hidden)
     hidden = torch.empty(0, *weight.shape[-1:], dtype=weight.dtype, device=weight.device)
     labels = torch.empty(0, dtype=torch.int64, device=weight.device)
     return prepare_labelled(hidden, head, labels, 1.0, -100, True, prefix="student_")[0]

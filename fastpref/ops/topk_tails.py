@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastpref.ops.divergences import times
 
@@ -76,25 +75,36 @@ def _log_rest(logs: Tensor) -> Tensor:
 
 
 def _forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    divergence: Tensor = _ForwardKL.apply(log_q, log_p)  # type: ignore[no-untyped-call]  # autograd's own
-    return divergence
-
-
-class _ForwardKL(Function):
     """``sum p log(p / q) + q - p`` (n,), as `divergences.forward_kl` has it.
 
     The second part sums to 0: with it no digit is lost where p is close to q.
     """
+    divergence: Tensor = forward_kl_op(log_q, log_p)[0]
+    return divergence
 
-    @staticmethod
-    def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> Tensor:
-        log_ratio = (log_p - log_q).nan_to_num(0, torch.inf, -torch.inf)
-        p, q = log_p.exp(), log_q.exp()
-        gradient = (p + q) * torch.tanh(log_ratio * -0.5)  # q - p
-        ctx.save_for_backward(gradient)
-        return (times(p, log_ratio, out=p) + gradient).sum(1).clamp_min(0)
 
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * incoming.unsqueeze(1), None
+@torch.library.custom_op("fastpref::forward_kl_of_logps", mutates_args=())
+def forward_kl_op(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence (n,), and its gradient (n, K) with respect to ``log_q``: ``q - p``."""
+    log_ratio = (log_p - log_q).nan_to_num(0, torch.inf, -torch.inf)
+    p, q = log_p.exp(), log_q.exp()
+    gradient = (p + q) * torch.tanh(log_ratio * -0.5)
+    return (times(p, log_ratio, out=p) + gradient).sum(1).clamp_min(0), gradient
+
+
+@forward_kl_op.register_fake
+def _(log_q: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    return log_q.new_empty(log_q.shape[0]), torch.empty_like(log_q)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, incoming: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    (gradient,) = ctx.saved_tensors
+    return gradient * incoming.unsqueeze(1), None
+
+
+forward_kl_op.register_autograd(_backward, setup_context=_setup_context)
