@@ -83,11 +83,13 @@ class TeacherColumns:
 
     def _check_positions(self, dataset: Dataset, name: str) -> None:
         """Refuse rows with more or fewer positions than the student's response has tokens."""
-        start = 0
-        for batch in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        start, sides = 0, RESPONSES[slice(*self.sides)]
+        columns = {side: f"{side}_{self.endings[-1]}" for side in sides}
+        lists = ["prompt_ids", *(f"{side}_ids" for side in sides), *columns.values()]
+        few = dataset.select_columns(lists).with_format("arrow")
+        for batch in few.iter(batch_size=ROWS_AT_ONCE):
             prompts = _lengths(batch, "prompt_ids")
-            for side in RESPONSES[slice(*self.sides)]:
-                column = f"{side}_{self.endings[-1]}"
+            for side, column in columns.items():
                 tokens, found = _lengths(batch, f"{side}_ids"), _lengths(batch, column)
                 for row, (prompt, response, count) in enumerate(
                     zip(prompts, tokens, found, strict=True), start
