@@ -378,13 +378,15 @@ def plot(json_path: Path, image_path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     report = json.loads(json_path.read_text())
     rows = [row for row in report["rows"] if row["dtype"] == "float32"] or report["rows"]
     most = max(row["tokens"] for row in rows)
     rows = [row for row in rows if row["tokens"] == most and row["status"] == "ok"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.6), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(9, 6.6), sharex=True, sharey="row", layout="constrained"
+    )
     for column, head in enumerate(HEADS):
         for place, (peer, color) in enumerate(STYLES.items()):
             chosen = [row for row in rows if row["peer"] == peer and row["head"] == head]
@@ -394,6 +396,9 @@ def plot(json_path: Path, image_path: Path) -> None:
             axes[1, column].bar(x, [row["seconds"] for row in chosen], 0.14, color=color)
         axes[0, column].set_title(f"{head} head", fontsize=11)
         axes[0, column].set_yscale("log")
+        axes[0, column].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes[0, column].yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes[0, column].yaxis.set_minor_locator(ticker.NullLocator())
         axes[1, column].set_xticks(range(len(KINDS)), [kind.replace("_", " ") for kind in KINDS])
     axes[0, 0].set_ylabel("peak extra memory, MB (log scale)")
     axes[1, 0].set_ylabel("forward + backward, s")
