@@ -17,7 +17,10 @@ NO_TOKEN = torch.iinfo(torch.int64).min  # among the ids of tokens to leave out:
 
 
 class Softmax(NamedTuple):
-    """Of some rows; not a number where no logit is above -inf, or one is infinite."""
+    """Of some rows; not a number where no logit is above -inf, or one is infinite.
+
+    Where tokens are left out and no other is above -inf, the probabilities are 0.
+    """
 
     rows: slice
     probabilities: Tensor  # (k, V), overwritten by what the next block has
@@ -56,6 +59,8 @@ def softmax_blocks(
             entropy = others.log1p() - times(out, scaled, out=scaled).sum(1)
             if damping is not None:
                 out.mul_(damping)
+            if without is not None:
+                out.masked_fill_((maximum == -torch.inf).unsqueeze(1), 0)
             tile[some] = out
             parts.append((top, maximum, others, entropy))
         yield Softmax(rows, tile, *(torch.cat(one) for one in zip(*parts, strict=True)))

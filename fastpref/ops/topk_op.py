@@ -12,7 +12,7 @@ from fastpref.ops.backend import multiply, statistics_dtype
 from fastpref.ops.divergence_rows import product
 from fastpref.ops.linear_logps_op import empty_gradients, incoming, rows_read
 from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread, take
-from fastpref.ops.softmax_rows import NO_TOKEN, Softmax, softmax_blocks
+from fastpref.ops.softmax_rows import NO_TOKEN, softmax_blocks
 from fastpref.ops.tiling import blocks, rows_per_gather
 
 
@@ -54,7 +54,7 @@ def logits_and_rest(*arguments: Any) -> tuple[Tensor, ...]:
         entropy = block.entropy.masked_fill(nothing, 0)
         stats[block.rows] = torch.stack((block.maximum, entropy), dim=1)
         if wants_jacobian:
-            product(_shares(block), student, found.jacobian[block.rows])
+            product(block.probabilities, student, found.jacobian[block.rows])
     found.jacobian[len(logits) :] = 0
     found.jacobian.mul_(student.transform.factor)
     return tuple(found._replace(rest=spread(rest, rows, count), stats=spread(stats, rows, count)))
@@ -107,7 +107,7 @@ class _Totals(NamedTuple):
         """What all other projections contribute, from the gradient (n,) of the rest."""
         gradient = gradient * student.transform.factor
         for block in softmax_blocks(student, gradient.dtype, without=token_ids, damped=True):
-            tile = _shares(block).mul_(gradient[block.rows].unsqueeze(1))
+            tile = block.probabilities.mul_(gradient[block.rows].unsqueeze(1))
             if self.hidden is not None:
                 product(tile, student, self.hidden[block.rows])
             if self.weight is not None:
@@ -176,12 +176,6 @@ def _gathers(student: Logits, token_ids: Tensor, dtype: torch.dtype) -> Iterator
         weight = student.weight.index_select(0, ids.flatten()).to(dtype)
         hidden = student.hidden_of(rows).to(dtype)
         yield _Gathered(rows, ids, hidden, weight.view(*ids.shape, width))
-
-
-def _shares(block: Softmax) -> Tensor:
-    """The probabilities of a block, 0 where every token is left out."""
-    nothing = block.maximum == -torch.inf
-    return block.probabilities.masked_fill_(nothing.unsqueeze(1), 0)
 
 
 def _check_tokens(token_ids: Tensor, vocab_size: int) -> None:
