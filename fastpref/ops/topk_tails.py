@@ -63,15 +63,14 @@ def joined(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _log_rest(logs: Tensor) -> Tensor:
-    """Logarithm (n,) of what log-probabilities leave of 1, which is at least a rounding error.
+    """Logarithm (n,) of what log-probabilities leave of 1: finite even if below 0.
 
     Where one of them is nearly all, its logarithm still knows what it leaves.
     """
     top = logs.argmax(1, keepdim=True)
     left = -torch.expm1(logs.gather(1, top).squeeze(1))
     rest = left - logs.exp().scatter(1, top, 0).sum(1)
-    numbers = torch.finfo(logs.dtype)
-    return torch.maximum(rest, numbers.eps * left).clamp_min(numbers.tiny).log()
+    return rest.clamp_min(torch.finfo(logs.dtype).tiny).log()
 
 
 def _forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:

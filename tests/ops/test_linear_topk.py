@@ -273,3 +273,22 @@ def test_without_compact_what_is_outside_is_nan():
     for tail in TAILS:
         found = linear_topk_divergence(*given, tail=tail, compact=False)
         assert found.isnan().tolist() == [True, True, True, False]
+
+
+def test_the_label_of_a_certain_student_keeps_its_digits():
+    logits = torch.randn(5, 40)
+    logits[:, 4] = 25.0
+    labels, eye = torch.full((5,), 4), torch.eye(40)
+    for ids in (labels, labels + 1):  # the teacher's tokens have the label, and do not
+        given = logits, eye, ids.unsqueeze(1), torch.full((5, 1), -0.5), labels
+        found = linear_topk_divergence_with_stats(*given)
+        exact = logits.double().log_softmax(-1)[:, 4]
+        torch.testing.assert_close(found.logps.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_probabilities_that_rounding_sums_to_more_than_one():
+    hidden, head, ids = torch.randn(3, 5), torch.randn(11, 5), torch.tensor([[1, 2]] * 3)
+    logps = torch.tensor([[0.6, 0.4001]] * 3).log()
+    found = linear_topk_divergence(hidden, head, ids, logps, torch.arange(3))
+    expected = linear_topk_divergence(hidden, head, ids, logps, torch.arange(3), tail="drop")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
