@@ -153,6 +153,16 @@ def check_floating(name: str, tensor: Tensor) -> None:
         refuse(name, "float64, float32, float16 or bfloat16", tensor.dtype)
 
 
+def check_beside(name: str, hidden: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse hidden states that are not of the same positions as ``other``, on its device."""
+    check_floating(name, hidden)
+    check_device(name, hidden, other_name, other)
+    if hidden.shape[:-1] != other.shape[:-1]:
+        shape = ", ".join(map(str, (*other.shape[:-1], "H")))
+        expected = f"shape ({shape}), like {other_name} but for the last dimension"
+        refuse(name, expected, tuple(hidden.shape))
+
+
 def check_flags(name: str, tensor: Tensor) -> None:
     """Refuse what is not a tensor of flags."""
     if not isinstance(tensor, Tensor):

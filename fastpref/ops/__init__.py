@@ -14,6 +14,7 @@ from fastpref.ops.linear_logps import (
     linear_logsumexp,
 )
 from fastpref.ops.linear_stats import linear_stats
+from fastpref.ops.linear_token_preference import linear_token_preference
 from fastpref.ops.linear_topk import linear_topk_divergence, linear_topk_divergence_with_stats
 from fastpref.ops.teacher_means import TeacherMeans, teacher_means
 
@@ -30,6 +31,7 @@ __all__ = [
     "linear_logps_with_stats",
     "linear_logsumexp",
     "linear_stats",
+    "linear_token_preference",
     "linear_topk_divergence",
     "linear_topk_divergence_with_stats",
     "teacher_means",

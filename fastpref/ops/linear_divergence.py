@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import (
+    check_beside,
     check_choice,
     check_device,
     check_flag,
@@ -342,17 +343,8 @@ def _prepare(
     beside: Tensor | None = None,  # the student's hidden states, for a teacher
 ) -> PreparedHead:
     """`prepare_head`; a teacher's has no gradient."""
-    name = f"{prefix}hidden"
     if beside is not None:
-        check_floating(name, hidden)
-        check_device(name, hidden, "student_hidden", beside)
-        if hidden.shape[:-1] != beside.shape[:-1]:
-            refuse(
-                name,
-                f"shape ({', '.join(map(str, beside.shape[:-1]))}, H), like student_hidden but for "
-                "the last dimension",
-                tuple(hidden.shape),
-            )
+        check_beside(f"{prefix}hidden", hidden, "student_hidden", beside)
     ready = prepare_head(
         hidden, head, temperature, options.ignore_index, options.compact, prefix=prefix
     )
