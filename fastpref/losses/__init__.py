@@ -8,6 +8,7 @@ their help texts.
 from fastpref.losses.adpa import adpa as adpa
 from fastpref.losses.cpo import cpo as cpo
 from fastpref.losses.dpkd import dpkd as dpkd
+from fastpref.losses.dpkd import dpkd_token as dpkd_token
 from fastpref.losses.dpo import dpo as dpo
 from fastpref.losses.dpo import ipo as ipo
 from fastpref.losses.drdo import drdo as drdo

@@ -1,4 +1,4 @@
-"""VanillaKD, GKD, DCKD and ADPA against their formulas, and from full distributions."""
+"""Losses of every token of a teacher against their formulas, and from full distributions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from sums import hold, largest, sums
 from torch import Tensor
 
-from fastpref import Responses, linear_logps, sum_responses
-from fastpref.losses import adpa, dckd, gkd, sft, vanilla_kd
+from fastpref import Responses, linear_logps, linear_token_preference, sum_responses
+from fastpref.losses import adpa, dckd, dpkd_token, gkd, sft, vanilla_kd
 
 WEIGHTS = st.sampled_from([0.0, 0.1, 1.0, 1.6])
 
 
-@pytest.mark.parametrize("loss", [vanilla_kd, gkd])
+@pytest.mark.parametrize("loss", [vanilla_kd, gkd, dpkd_token])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
     drawn=sums("divergences"),
@@ -151,6 +151,23 @@ def test_adpa_as_released_punishes_nothing():
         for one in (advantage.clamp(1e-8, 1), advantage)
     )
     assert 0 < released.rejected_advantage < 1 and not released.loss.isclose(paper.loss)
+
+
+def test_dpkd_token_is_that_of_log_probabilities():
+    """Without the normalisers that cancel in it."""
+    tokens, chosen = Tokens(), slice(2)
+    log_q, log_p, mask = tokens.log_q[chosen], tokens.log_p[chosen], tokens.mask[chosen]
+    ratios = []
+    for one in (log_q, log_p):
+        first, second = (one.gather(-1, of.argmax(-1, keepdim=True)) for of in (log_p, log_q))
+        ratios.append((first - second).squeeze(-1))
+    losses = -torch.nn.functional.logsigmoid(0.3 * (ratios[0] - ratios[1]))
+    nll = torch.nn.functional.nll_loss(log_q[mask], tokens.labels[chosen][mask])
+    models = tokens.hidden[chosen], tokens.heads[0], tokens.hidden[chosen], tokens.heads[1]
+    per_token = linear_token_preference(*models, tokens.labels[chosen], beta=0.3)
+    sums = sum_responses(per_token, tokens.labels[chosen]).logps
+    found = dpkd_token(tokens.responses(chosen), sums)
+    tokens.hold(found.loss, 0.5 * losses[mask].mean() + 0.5 * nll)
 
 
 def test_what_the_formulas_say():

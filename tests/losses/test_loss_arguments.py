@@ -17,8 +17,11 @@ from fastpref.losses import METHODS
 from fastpref.responses import Tokens
 
 META = torch.device("meta")
-UNPAIRED = ("sft", "seqkd", "vanilla_kd", "gkd", "kto")
-OF_HALF = (("adpa", "advantages"), ("vanilla_kd", "divergences"), ("gkd", "divergences"))
+UNPAIRED = ("sft", "seqkd", "vanilla_kd", "gkd", "dpkd_token", "kto")
+OF_HALF = (
+    ("adpa", "advantages"),
+    *((method, "divergences") for method in ("vanilla_kd", "gkd", "dpkd_token")),
+)
 
 
 def loss_arguments(method: str) -> dict[str, Any]:

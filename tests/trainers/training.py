@@ -57,7 +57,7 @@ def models_for(method: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if method in ("dpo", "ipo", "wpo", "tdpo", "edpo", "kto"):
         found["ref_model"] = student(seed=5)
-    if method in ("vanilla_kd", "gkd", "dckd", "adpa", "dpkd"):
+    if method in ("vanilla_kd", "gkd", "dckd", "adpa", "dpkd", "dpkd_token"):
         found |= {"teacher_model": teacher(), "teacher_processing_class": TOKENIZER}
     if method == "adpa":
         found["teacher_ref_model"] = teacher(seed=8, hidden_size=12)

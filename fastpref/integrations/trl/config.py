@@ -27,6 +27,7 @@ from fastpref.integrations.trl.options import (
     reference_options,
     sampling_options,
     shaping_options,
+    token_options,
 )
 from fastpref.losses import METHODS
 from fastpref.responses import Responses
@@ -45,7 +46,8 @@ GIVEN = (
     "responses chosen ref_logps shaping oracle_rewards rewards student_rewards log_weights "
     "divergences advantages teacher_logps kl_log_ratios desirable"
 ).split()
-OPEN_DIVERGENCE = ("gkd",)  # others compare by the forward KL
+OPEN_DIVERGENCE = ("gkd",)
+BY_TOKENS = ("dpkd_token",)  # others compare by the forward KL
 
 
 @functools.cache
@@ -82,7 +84,9 @@ def _sources(method: str) -> list[Callable[..., Any]]:
         sources.append(reference_options)
     if "advantages" in inputs:
         sources.append(advantage_options)
-    if reads_teacher(method):
+    if method in BY_TOKENS:
+        sources.append(token_options)
+    elif reads_teacher(method):
         sources.append(cache_options)
     if method in OPEN_DIVERGENCE:
         sources += [divergence_options, sampling_options]
@@ -143,8 +147,9 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
     default where it is not set. What a loss reads has options, too: ``precompute_shaping`` and
     those of `fastpref.teacher_shaping`, whose ``temperature`` is ``value_temperature``;
     ``reference_free`` where a reference is optional; ``divergence``, ``lmbda`` and others of GKD;
-    ``advantage_clip``; ``topk_tail`` for a teacher's likeliest tokens in columns. Refused are
-    options that the method does not have, values out of range, and another loss of DPOConfig.
+    ``advantage_clip``; ``token_beta`` of a preference at every token; ``topk_tail`` for a teacher's
+    likeliest tokens in columns. Refused are options that the method does not have, values out of
+    range, and another loss of DPOConfig.
 
     Several methods are trained at once, as the sum of their losses: ``method_weights`` weighs
     them, and an option goes to every one that has it; where it is not set, each has its own
@@ -241,7 +246,12 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
         return shaping_options(**self.options_of(shaping_options))
 
     def divergence_options(self, method: str) -> dict[str, Any]:
-        """What `fastpref.linear_divergence` takes for a method's ``divergences``."""
+        """What `fastpref.linear_divergence` takes for a method's ``divergences``.
+
+        Or `fastpref.linear_token_preference`, where the kind is none of divergences.
+        """
+        if method in BY_TOKENS:
+            return token_options(**self.options_of(token_options))
         if method not in OPEN_DIVERGENCE:
             return {"kind": "forward_kl"}
         return divergence_options(**self.options_of(divergence_options))

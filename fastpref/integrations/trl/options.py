@@ -20,6 +20,7 @@ Kind = Literal[
     "total_variation",
     "jeffreys",
 ]
+TOKEN_PREFERENCE = "token_preference"  # among kinds, though it is no divergence
 Tail = Literal["bucket", "drop", "renormalize"]
 Probability = Annotated[float, Bounds(at_least=0, at_most=1)]
 Count = Annotated[int, Bounds(at_least=1)]
@@ -85,6 +86,15 @@ def divergence_options(
         "alpha": skew_alpha,
         "temperature": divergence_temperature,
     }
+
+
+def token_options(*, token_beta: Positive = 0.1) -> dict[str, Any]:
+    """What `fastpref.linear_token_preference` takes.
+
+    Args:
+        token_beta: Scale of the log-ratios in the preference of each token.
+    """
+    return {"kind": TOKEN_PREFERENCE, "beta": token_beta}
 
 
 def cache_options(*, topk_tail: Tail = "bucket") -> str:

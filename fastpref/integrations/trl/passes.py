@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.integrations.trl.config import PreferenceConfig, inputs_of
+from fastpref.integrations.trl.options import TOKEN_PREFERENCE
 from fastpref.ops import (
     DivergenceWithStats,
     Head,
@@ -20,6 +21,7 @@ from fastpref.ops import (
     linear_divergence_with_stats,
     linear_logps_with_stats,
     linear_stats,
+    linear_token_preference,
     linear_topk_divergence,
     linear_topk_divergence_with_stats,
 )
@@ -95,7 +97,10 @@ class CachedReading(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A divergence of the student from other models, by the arguments of the trainer."""
+    """A divergence of the student from other models, by the arguments of the trainer.
+
+    Or a preference of their likeliest tokens, which has the same place in a loss.
+    """
 
     models: tuple[str, ...]  # one, for an advantage also the one that it is over
     kind: str
@@ -160,7 +165,7 @@ def student_numbers(
     """The student's numbers of some sides, and its divergences from other models.
 
     A divergence brings the student's own numbers along, so that there is a pass for these only
-    where no divergence is read.
+    where no divergence is read. A preference of tokens does not.
     """
     left = [side for side in range(*sides)]
     parts: dict[int, LogpsWithStats | DivergenceWithStats] = {}  # by the first side
@@ -205,6 +210,10 @@ def _compare(
         return readings[0].compare(*given, compared, comparison.temperature, stats)
     models = [one for one in readings if isinstance(one, Reading)]
     (teacher, teacher_head), *reference = (one.of(compared, states.device) for one in models)
+    if comparison.kind == TOKEN_PREFERENCE:
+        return linear_token_preference(
+            states, head, teacher, teacher_head, targets, beta=comparison.beta
+        )
     options = {
         **comparison._asdict(),
         "reference_hidden": reference[0][0] if reference else None,
