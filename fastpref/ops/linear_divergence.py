@@ -89,6 +89,9 @@ def linear_divergence(
     whatever the kind; where the student's head trains in one and three, of the rows that
     ``scratch_bytes`` has room for, and in two and four of all others.
 
+    A student's head whose rows are spread over processes stays where it is; the other heads are
+    spread alike, or whole: see ``docs/distributed.md``.
+
     Heads of different vocabularies: the tokens beyond the smaller one are left out on both sides,
     as if no head had them.
 
@@ -126,7 +129,8 @@ def linear_divergence(
 
     Raises:
         ValueError: Shapes, devices or dtypes that do not fit; a number that is not finite or out of
-            range; an unknown kind, or what another kind takes; with ``compact``, a label outside
+            range; an unknown kind, or what another kind takes; a head that is spread over processes
+            in another way than the student's; with ``compact``, a label outside
             ``[0, V)`` that is not ``ignore_index``.
 
     Example:
