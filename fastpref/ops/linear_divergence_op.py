@@ -233,8 +233,8 @@ def backward(
         op = by_jacobian_ops.of(operands)
         return op(*operands, *left, *jacobians), None, None, *nothing
     wanted = ctx.needs_input_grad[:3]
-    op = backward_ops.of(operands) if by_reading is None else by_reading
-    found = op(*operands, *teachers, *options[1], *left, cache, *wanted)
+    read_again = by_reading or backward_ops.of(operands)
+    found = read_again(*operands, *teachers, *options[1], *left, cache, *wanted)
     return *(one if want else None for one, want in zip(found, wanted, strict=True)), *nothing
 
 

@@ -189,8 +189,8 @@ class ShardedRows(RowBlocks):
         parts = means + (tops - reference) * self.shares
         here = largest_share == self.shard.rank
         of_here = parts[self.shard.rank] + torch.where(here, reference, 0)
-        whole = parts.sum(0) + reference
-        return of_here.view_as(mean), whole.view_as(mean) - of_top
+        below_top = (reference - of_top.view_as(reference)) + parts.sum(0)
+        return of_here.view_as(mean), below_top.view_as(mean)
 
     def _gathered(self, numbers: Iterable[Tensor]) -> Tensor:
         """Numbers (k, n), each of them (n,), of all processes: (processes, k, n)."""
