@@ -59,10 +59,9 @@ def sharded_divergence(
         hidden, labels = take(hidden, rows), take(labels, rows)
         comparison = comparison.of_rows(rows)
     else:
-        # What these rows give is overwritten, and has to be finite until then.
+        # What these rows give is overwritten, and their gradients are 0 times what is finite.
         ignored, outside = left_out(operands, shard)
         hidden = hidden.masked_fill(ignored.unsqueeze(1), 0)
-        labels = labels.masked_fill(ignored | outside, 0)
         comparison = comparison.without(ignored)
     within = operands._replace(hidden=hidden, labels=shard.of_labels(labels), compact=True)
     scratch_bytes = _alike(scratch_bytes, within, shard, stats=stats)
@@ -210,6 +209,6 @@ class ShardedRows(RowBlocks):
         super().finish()
 
     def reading(self) -> Reading:
-        """As of one process, which has every label."""
+        """As of one process, which has every label that counts."""
         assert self.student.labels is not None
         return reading_of_numbers(self.numbers, self.student.labels.clamp_min(0))

@@ -44,11 +44,11 @@ class Situation(NamedTuple):
 SITUATIONS = [
     Situation("dtensor", "dtensor"),
     Situation("group", "whole", CAPPED, {"temperature": 1.7, "teacher_temperature": 0.7}),
-    Situation("group", "group", {}, {"compact": False}),
+    Situation("group", "group", CAPPED, {"compact": False}),
     Situation("dtensor", "whole", {}, {"scratch_bytes": 0, "ignore_index": 0}),
     Situation("group", "group", {}, {"scratch_bytes": 2 * 3 * 16 * 4}),  # three rows
     Situation("group", "whole", {}, {"scratch_bytes": 0}, stats=False),
-    Situation("dtensor", "dtensor", CAPPED, {"compact": False}, stats=False),
+    Situation("dtensor", "dtensor", {}, {"compact": False}, stats=False),
 ]
 
 
@@ -104,10 +104,13 @@ class Processes(NamedTuple):
         options = {"ignore_index": -100, **settings, **situation.call}
         labels = labels.clone()
         labels[0, :2] = labels[1, 2] = options["ignore_index"]
-        hidden = student.hidden.detach().requires_grad_()
+        nothing = (labels == options["ignore_index"]).unsqueeze(-1)
+        hidden, *states = (one.hidden.masked_fill(nothing, torch.nan) for one in (student, *others))
+        hidden.requires_grad_()
         head = self.head(situation.student, student, trains=trains, **situation.head)
         compared = [
-            (one.hidden, self.head(situation.others, one, **situation.head)) for one in others
+            (state, self.head(situation.others, one, **situation.head))
+            for state, one in zip(states, others, strict=True)
         ]
         if settings["kind"] == "advantage":
             options["reference_hidden"], options["reference_head"] = compared[1]
