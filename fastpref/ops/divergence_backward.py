@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -115,7 +115,9 @@ class Totals(NamedTuple):
                 total.add_(summed) if rows.start > 0 else total.copy_(summed)
 
 
-def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
+def gradients_of_operands(
+    *arguments: Any, blocks_of: Callable[..., RowBlocks] = RowBlocks
+) -> tuple[Tensor, ...]:
     """Gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not wanted."""
     operands, more = Operands.split(arguments)
     comparison, (*given, running, rows, n_rows, cache, wants_hidden, wants_weight, wants_bias) = (
@@ -136,7 +138,7 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
         like.new_empty(vocab_size, width) if wants_weight else None,
         like.new_empty(vocab_size) if wants_bias else None,
     )
-    for group, read in _groups(student, comparison, kept, coefficients):
+    for group, read in _groups(student, comparison, kept, coefficients, blocks_of):
         totals.add(student, hidden, coefficients, group, read)
     if totals.hidden is not None:
         hidden = totals.hidden.to(operands.hidden.dtype)
@@ -150,7 +152,11 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _groups(
-    student: Logits, comparison: Comparison, kept: KeptRows, coefficients: Coefficients
+    student: Logits,
+    comparison: Comparison,
+    kept: KeptRows,
+    coefficients: Coefficients,
+    blocks_of: Callable[..., RowBlocks],
 ) -> Iterator[tuple[slice, KeptRows]]:
     """Some rows after others: those that were kept, and those that are read again."""
     number, count = len(kept.gradient), student.shape()[0]
@@ -159,7 +165,7 @@ def _groups(
     if number == count:
         return
     probabilities = coefficients.of_probabilities is not None
-    reader = RowBlocks(student, comparison, stats=False, probabilities=probabilities)
+    reader = blocks_of(student, comparison, stats=False, probabilities=probabilities)
     for rows in reader.of(number, count):
         yield rows, reader.read(rows)
 
@@ -189,12 +195,9 @@ def gradient_by_jacobian(*arguments: Any) -> Tensor:
     if given[1] is not None or given[2] is not None:
         total.addcmul_(logps_jacobian[:count], (logps - lse).unsqueeze(1))
     if given[2] is not None:
-        operands, ignored = operands.without_ignored()
+        operands, _ = operands.without_ignored()
         of_labels = lse * operands.transform().slope(running[2, :count])
-        if ignored is not None:
-            of_labels = of_labels.masked_fill(ignored, 0)
-        weight = operands.logits(rows).weight_of_labels()
-        total.addcmul_(weight, of_labels.unsqueeze(1))
+        operands.logits(rows).add_weight_of_labels_(total, of_labels)
     return spread(total.to(operands.hidden.dtype), rows, operands.hidden.shape[0])
 
 

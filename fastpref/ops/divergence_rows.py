@@ -6,6 +6,7 @@ student's logits: every kind of divergence takes the same matrix products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fastpref.ops.backend import multiply, operand_dtype, statistics_dtype, uses_triton
-from fastpref.ops.divergences import KINDS, SIGNED, Pair, Settings, times
-from fastpref.ops.operands import Logits
+from fastpref.ops.divergences import KINDS, SIGNED, Join, Pair, Settings, times
+from fastpref.ops.forward import Reading, reading_of_partial
+from fastpref.ops.linear_stats_op import Partial
+from fastpref.ops.operands import Logits, take
 from fastpref.ops.tiling import (
     blocks,
     carve,
@@ -93,6 +96,14 @@ class Comparison(NamedTuple):
             reference_hidden=None if reference is None else reference.masked_fill(mask, 0),
         )
 
+    def of_rows(self, rows: Tensor | None) -> Comparison:
+        """The same of some rows (n,); of all for None."""
+        reference = self.reference_hidden
+        return self._replace(
+            teacher_hidden=take(self.teacher_hidden, rows),
+            reference_hidden=None if reference is None else take(reference, rows),
+        )
+
 
 class RowNumbers(NamedTuple):
     """What is left of every row: every tensor (n,), in the dtype of statistics."""
@@ -107,6 +118,9 @@ class RowNumbers(NamedTuple):
 class RowBlocks:
     """The rows of two heads, block by block, in buffers that every block uses again."""
 
+    has_kernels = True
+    of_no_label = math.nan  # what a label outside of these columns has for its logit
+
     def __init__(
         self, student: Logits, comparison: Comparison, *, stats: bool, probabilities: bool
     ) -> None:
@@ -119,16 +133,30 @@ class RowBlocks:
         count, self.vocab_size = student.shape()
         like, width = student.hidden.new_empty(0, dtype=self.dtype), padded(self.vocab_size)
         self.numbers = RowNumbers(*(like.new_zeros(count) for _ in RowNumbers._fields))
-        self.step = rows_per_block(count, self.vocab_size, like)
+        self.by_kernels = self.has_kernels and uses_triton(like)
+        spares = 5 if probabilities else 4
+        self.step, self.piece = self._steps(count, like, spares)
         self.tiles = like.new_empty(2, self.step * width).unbind()
-        self.by_kernels = uses_triton(like)
         if not self.by_kernels:
-            self.piece = min(self.step, rows_per_piece(self.vocab_size, like))
-            self.spare = like.new_empty(5 if probabilities else 4, self.piece * width).unbind()
+            self.spare = like.new_empty(spares, self.piece * width).unbind()
+
+    def _steps(self, count: int, like: Tensor, spares: int) -> tuple[int, int]:
+        """Rows of a block, and of a piece that is computed elementwise in so many buffers."""
+        step = rows_per_block(count, self.vocab_size, like)
+        return step, min(step, rows_per_piece(self.vocab_size, like))
 
     def of(self, start: int, stop: int) -> Iterator[slice]:
         """Blocks of some of the rows."""
         return blocks(start, stop, self.step)
+
+    def finish(self) -> None:
+        """Finish the numbers, once every row has been read."""
+        if self.kind not in SIGNED:
+            self.numbers.divergence.clamp_min_(0)
+
+    def reading(self) -> Reading:
+        """The student's running numbers and stats, of finished numbers."""
+        return reading_of_numbers(self.numbers, self.student.labels)
 
     def read(self, rows: slice, place: KeptRows | None = None) -> KeptRows:
         """Read one block, write its numbers, and return its gradient: in ``place`` if given."""
@@ -210,12 +238,22 @@ class RowBlocks:
             *(place or ()),
         )  # fmt: skip
 
+    def _normalise(self, *heads: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`normalise_` logits, each into the tensor beside it."""
+        return [normalise_(logits, out=out) for logits, out in heads]
+
+    def _join(self) -> Join | None:
+        """For `Pair`, of the first head that was normalised last."""
+        return None
+
     def _log_ratio(self, start: int, teacher: Tensor, reference: Tensor) -> None:
         """Overwrite the teacher's projections by its log-probabilities less the reference's."""
         assert self.reference is not None
-        spare = carve(self.spare[0], len(teacher), self.vocab_size)
-        *_, others = normalise_(self.teacher.transform.apply_(teacher), out=spare)
-        *_, of_reference = normalise_(self.reference.transform.apply_(reference), out=spare)
+        p, r, *_ = (carve(one, len(teacher), self.vocab_size) for one in self.spare)
+        (*_, others), (*_, of_reference) = self._normalise(
+            (self.teacher.transform.apply_(teacher), p),
+            (self.reference.transform.apply_(reference), r),
+        )
         log_ratio_(teacher, others, reference, of_reference)
         # NaN of rows that have no distribution, which is all that the ratio does not say.
         self.numbers.divergence[start : start + len(teacher)] = (others + of_reference) * 0
@@ -232,25 +270,25 @@ class RowBlocks:
         if self.stats and labels is not None:
             column, inside = label_columns(labels, 0, self.vocab_size)
             at_label = logits.gather(1, column).squeeze(1)
-            numbers.target_logit.copy_(at_label.masked_fill_(~inside, torch.nan))
-        maximum, top, others = normalise_(logits, out=q)
+            numbers.target_logit.copy_(at_label.masked_fill_(~inside, self.of_no_label))
+        heads = [(logits, q)]
+        if self.reference is None:
+            heads.append((self.teacher.transform.apply_(teacher), p))
+        (maximum, top, others), *of_teacher = self._normalise(*heads)
         if self.stats:
             numbers.maximum.copy_(maximum)
             numbers.others.copy_(others)
             numbers.shortfall.copy_(times(q, logits, out=spare).sum(1).mul_(-1 - others))
         invalid = others * 0
-        if self.reference is None:
-            *_, of_teacher = normalise_(self.teacher.transform.apply_(teacher), out=p)
-            log_ratio_(teacher, of_teacher, logits, others)
-            invalid += of_teacher * 0
+        for *_, others_of_teacher in of_teacher:
+            log_ratio_(teacher, others_of_teacher, logits, others)
+            invalid += others_of_teacher * 0
         if self.probabilities:
             more[0].copy_(q)
         values, gradient = KINDS[self.kind](
-            Pair(q, p, log_ratio=teacher, top=top, out=student, spare=spare, mixture=mixture),
+            Pair(q, p, teacher, top, out=student, spare=spare, mixture=mixture, join=self._join()),
             self.settings,
         )
-        if self.kind not in SIGNED:
-            values.clamp_min_(0)
         # Sums leave out what is not a number: rows that have no distribution say so here.
         numbers.divergence.add_(values).add_(invalid)
         if damping is not None:
@@ -259,6 +297,13 @@ class RowBlocks:
             teacher.copy_(more[0] if damping is None else more[0].mul_(damping))
             if labels is not None:
                 write_at_labels(teacher, labels, 0, torch.zeros_like(others))
+
+
+def reading_of_numbers(numbers: RowNumbers, labels: Tensor | None) -> Reading:
+    """What `linear_logps` has of the student, of numbers that are finished."""
+    nothing, none = torch.zeros_like(numbers.others), torch.full_like(numbers.others, -math.inf)
+    partial = Partial(numbers.maximum, none, numbers.others, numbers.shortfall, nothing)
+    return reading_of_partial(partial, numbers.target_logit, labels)
 
 
 class KeptRows(NamedTuple):

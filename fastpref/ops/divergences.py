@@ -18,6 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# From what a part of the vocabulary has, (k, 1) each: its sum ``E_q (g - g_top)``, and ``g_top`` at
+# its own top. To its part of ``E_q g``, and ``E_q g - g_top`` of the whole vocabulary.
+Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class Pair(NamedTuple):
     """Two distributions over the vocabulary, for some rows: every tensor (k, V), overwritten."""
@@ -29,6 +33,7 @@ class Pair(NamedTuple):
     out: Tensor  # for the gradient
     spare: Tensor
     mixture: Tensor  # 2m / (p + q), once it is known
+    join: Join | None = None  # where these are a part of the vocabulary
 
     def half_tanh(self) -> Tensor:
         """``tanh(log(p/q) / 2) = (p - q) / (p + q)``, with all its digits where p is close to q."""
@@ -39,7 +44,7 @@ class Pair(NamedTuple):
         return self.p.add_(self.q).mul_(half_tanh)
 
     def centred(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """``E_q g`` (k,), and ``q (g - E_q g)`` in ``out``.
+        """``E_q g`` (k,), or this part of the sum, and ``q (g - E_q g)`` in ``out``.
 
         Relative to the top's ``g``, which is nearly all of the mean where the student is certain.
         """
@@ -47,7 +52,10 @@ class Pair(NamedTuple):
         of_top = of_top.masked_fill(of_top.isinf(), 0)
         terms = times(self.q, torch.sub(g, of_top, out=self.out), out=self.out)
         mean = terms.sum(1, keepdim=True)
-        return (mean + of_top).squeeze(1), terms.addcmul_(self.q, mean, value=-1)
+        value = mean + of_top
+        if self.join is not None:
+            value, mean = self.join(mean, of_top)
+        return value.squeeze(1), terms.addcmul_(self.q, mean, value=-1)
 
 
 class Settings(NamedTuple):

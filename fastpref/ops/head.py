@@ -62,12 +62,16 @@ class PreparedHead(NamedTuple):
         """Whether the head wants a gradient."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
-    def cut(self, vocab_size: int) -> PreparedHead:
-        """The same without the tokens that another head does not have."""
-        if self.weight.shape[0] == vocab_size:
+    def vocab_size(self) -> int:
+        """The number of tokens, of all processes where each has a part."""
+        return self.weight.shape[0] if self.shard is None else self.shard.total
+
+    def cut(self, stop: int, *, start: int = 0) -> PreparedHead:
+        """The same with some of the tokens that this process has."""
+        if start == 0 and stop == self.weight.shape[0]:
             return self
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        return self._replace(weight=self.weight[:vocab_size], bias=bias)
+        bias = None if self.bias is None else self.bias[start:stop]
+        return self._replace(weight=self.weight[start:stop], bias=bias)
 
 
 def prepare_head(
@@ -96,11 +100,15 @@ def prepare_head(
     if group is not None:
         from fastpref.parallel.vocab_shard import shard_of_group
 
-        shard = shard_of_group(hidden, weight, bias, group)
+        shard = shard_of_group(hidden, weight, bias, group, prefix=prefix)
     elif _is_distributed(hidden, weight, bias):
         from fastpref.parallel.placements import local_head
 
-        hidden, weight, bias, shard = local_head(hidden, weight, bias)
+        hidden, weight, bias, shard = local_head(hidden, weight, bias, prefix=prefix)
+    if shard is not None:
+        from fastpref.parallel.vocab_shard import at_least_one_token
+
+        weight, bias, transform = at_least_one_token(weight, bias, transform)
     check_floating(f"{prefix}hidden", hidden)
     check_floating(f"{prefix}weight", weight)
     if bias is not None:
@@ -132,6 +140,30 @@ def prepare_labelled(
     if ready.shard is not None:
         refuse(f"{prefix}head", "one that is not sharded over the vocabulary", "one that is")
     return ready, labels.to(torch.int64).reshape(-1)
+
+
+def cut_alike(heads: list[PreparedHead], prefixes: tuple[str, ...]) -> list[PreparedHead]:
+    """Heads of one function, cut to the tokens that all of them have.
+
+    Where the first is sharded over the vocabulary, each of the others becomes the same shard.
+    """
+    vocab_size, shard = min(one.vocab_size() for one in heads), heads[0].shard
+    for prefix, one in zip(prefixes, heads, strict=False):
+        if one.shard is not None and not (shard is not None and one.shard.is_like(shard)):
+            expected = "a whole one" if shard is None else f"a whole one, or {shard.words()}"
+            refuse(f"{prefix}head", f"{expected}, like {prefixes[0]}head", one.shard.words())
+    if shard is None:
+        return [one.cut(vocab_size) for one in heads]
+
+    from fastpref.parallel.vocab_shard import at_least_one_token
+
+    shard, found = shard.cut(vocab_size), []
+    for one in heads:
+        start = shard.start if one.shard is None else 0
+        part = one.cut(start + shard.size, start=start)
+        weight, bias, transform = at_least_one_token(part.weight, part.bias, part.transform)
+        found.append(PreparedHead(part.hidden, weight, bias, transform, shard))
+    return found
 
 
 def as_head(head: Head | Tensor, *, prefix: str = "") -> Head:

@@ -21,11 +21,13 @@ from fastpref.checks import (
 )
 from fastpref.ops.divergence_rows import Comparison
 from fastpref.ops.divergences import KINDS, Settings
-from fastpref.ops.head import Head, PreparedHead, prepare_head
-from fastpref.ops.linear_divergence_op import Found, linear_divergence_ops
+from fastpref.ops.head import Head, PreparedHead, cut_alike, prepare_head
+from fastpref.ops.linear_divergence_op import linear_divergence_ops
 from fastpref.ops.linear_logps import AUTOMATIC_SCRATCH_BYTES
 from fastpref.ops.operands import Operands
 from fastpref.ops.torch_tiles import LogitTransform
+
+PREFIXES = ("student_", "teacher_", "reference_")  # of arguments about each model
 
 
 class DivergenceWithStats(NamedTuple):
@@ -88,6 +90,9 @@ def linear_divergence(
     whatever the kind; where the student's head trains in one and three, of the rows that
     ``scratch_bytes`` has room for, and in two and four of all others.
 
+    A student's head whose rows are spread over processes stays where it is; the other heads are
+    spread alike, or whole: see ``docs/distributed.md``.
+
     Heads of different vocabularies: the tokens beyond the smaller one are left out on both sides,
     as if no head had them.
 
@@ -125,7 +130,8 @@ def linear_divergence(
 
     Raises:
         ValueError: Shapes, devices or dtypes that do not fit; a number that is not finite or out of
-            range; an unknown kind, or what another kind takes; with ``compact``, a label outside
+            range; an unknown kind, or what another kind takes; a head that is spread over processes
+            in another way than the student's; with ``compact``, a label outside
             ``[0, V)`` that is not ``ignore_index``.
 
     Example:
@@ -255,12 +261,11 @@ def _call(
     shape = hidden.shape[:-1]
     check_shape("labels", labels, shape, "student_hidden without its last dimension")
 
-    own = _prepare("student_", *student, temperature, options)
-    others = [_prepare("teacher_", *teacher, of_teacher, options, beside=hidden)]
+    own = _prepare(PREFIXES[0], *student, temperature, options)
+    others = [_prepare(PREFIXES[1], *teacher, of_teacher, options, beside=hidden)]
     if _takes_reference(options.kind, *reference):
-        others.append(_prepare("reference_", *reference, of_teacher, options, beside=hidden))  # type: ignore[arg-type]  # both are given
-    vocab_size = min(one.weight.shape[0] for one in (own, *others))
-    own, *others = (_cut(one, vocab_size) for one in (own, *others))
+        others.append(_prepare(PREFIXES[2], *reference, of_teacher, options, beside=hidden))  # type: ignore[arg-type]  # both are given
+    own, *others = cut_alike([own, *others], PREFIXES)
 
     labels = labels.to(torch.int64).reshape(-1)
     operands = Operands(*own[:3], labels, *own.transform, options.ignore_index, options.compact)
@@ -271,13 +276,22 @@ def _call(
         given = options.scratch_bytes
         scratch_bytes = AUTOMATIC_SCRATCH_BYTES if given is None else given
     comparison = _comparison(options.kind, settings, *others)
-    op = linear_divergence_ops.of(operands)
-    found = Found(*op(*operands, *comparison, jacobian, stats, scratch_bytes))
-    divergence = found.divergence.view(shape)
+    if own.shard is None:
+        op = linear_divergence_ops.of(operands)
+        found = op(*operands, *comparison, jacobian, stats, scratch_bytes)
+    else:
+        from fastpref.parallel.vocab_divergence import sharded_divergence
+
+        found = sharded_divergence(
+            operands, comparison, own.shard,
+            jacobian=jacobian, stats=stats, scratch_bytes=scratch_bytes,
+        )  # fmt: skip
+    divergence, logps, lse, numbers = found[:4]
+    divergence = divergence.view(shape)
     if not stats:
-        return DivergenceWithStats(divergence, *found[1:4], found.stats)
-    logps, lse = found.logps.view(shape), found.lse.view(shape)
-    entropy, maximum, target_logit = found.stats.view(*shape, 3).unbind(-1)
+        return DivergenceWithStats(divergence, logps, lse, numbers, numbers)
+    logps, lse = logps.view(shape), lse.view(shape)
+    entropy, maximum, target_logit = numbers.view(*shape, 3).unbind(-1)
     entropy = entropy.masked_fill(target_logit.isnan(), torch.nan)
     ignored = labels.view(shape) == options.ignore_index
     return DivergenceWithStats(
@@ -348,20 +362,10 @@ def _prepare(
     ready = prepare_head(
         hidden, head, temperature, options.ignore_index, options.compact, prefix=prefix
     )
-    if ready.shard is not None:
-        refuse(f"{prefix}head", "one that is not sharded over the vocabulary", "one that is")
     if beside is None:
         return ready
     bias = None if ready.bias is None else ready.bias.detach()
     return ready._replace(hidden=ready.hidden.detach(), weight=ready.weight.detach(), bias=bias)
-
-
-def _cut(ready: PreparedHead, vocab_size: int) -> PreparedHead:
-    """The same without the tokens that another head does not have."""
-    if ready.weight.shape[0] == vocab_size:
-        return ready
-    bias = None if ready.bias is None else ready.bias[:vocab_size]
-    return ready._replace(weight=ready.weight[:vocab_size], bias=bias)
 
 
 def _comparison(

@@ -6,6 +6,7 @@ need a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,9 @@ from fastpref.ops.divergence_rows import (
     Comparison,
     KeptRows,
     RowBlocks,
-    RowNumbers,
     bytes_of_rows,
     product,
 )
-from fastpref.ops.forward import reading_of_partial
-from fastpref.ops.linear_stats_op import Partial
 from fastpref.ops.operands import SCHEMA, Logits, Operands, register, spread
 from fastpref.ops.running import Running
 
@@ -52,7 +50,7 @@ def divergence_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     """Divergences and what else is wanted: `Found`."""
     operands, more = Operands.split(arguments)
     comparison, (wants_jacobian, wants_stats, _) = Comparison.split(more)
-    found, count = Found(*_outputs(*arguments)), operands.hidden.shape[0]
+    found, count = Found(*empty_outputs(*arguments)), operands.hidden.shape[0]
     rows = operands.rows()
     n_rows = operands.count(rows)
     operands.note_rows(rows, found.rows, found.n_rows)
@@ -62,12 +60,9 @@ def divergence_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     outside = None if operands.compact else _outside(operands)
     operands, ignored = operands.without_ignored()
     student, comparison = operands.logits(rows), comparison.without(ignored)
-    if wants_jacobian:
-        numbers = _read_with_jacobians(student, comparison, found, stats=wants_stats)
-    else:
-        numbers = _read(student, comparison, found.cache, stats=wants_stats)
+    reader = read_rows(student, comparison, found, jacobian=wants_jacobian, stats=wants_stats)
 
-    divergence = numbers.divergence
+    divergence = reader.numbers.divergence
     if outside is not None:
         divergence = divergence.masked_fill(outside, torch.nan)
     if ignored is not None:
@@ -77,7 +72,7 @@ def divergence_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     found = found._replace(divergence=spread(divergence, rows, count))
     if not wants_stats:
         return tuple(found)
-    running, stats = _reading(numbers, student)
+    running, stats = reader.reading()
     state = Running.of(running)
     logps, lse = state.logps(), state.lse()
     if ignored is not None:
@@ -90,26 +85,52 @@ def divergence_and_more(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(found._replace(logps=logps, lse=lse, stats=stats))
 
 
-def _read(student: Logits, comparison: Comparison, cache: Tensor, *, stats: bool) -> RowNumbers:
+def read_rows(
+    student: Logits,
+    comparison: Comparison,
+    found: Found,  # what is for the backward pass is written
+    *,
+    jacobian: bool,
+    stats: bool,
+    blocks_of: Callable[..., RowBlocks] = RowBlocks,
+) -> RowBlocks:
+    """Read every row for the numbers that are wanted, and for the backward pass."""
+    if jacobian:
+        return _read_with_jacobians(student, comparison, found, stats, blocks_of)
+    return _read(student, comparison, found.cache, stats, blocks_of)
+
+
+def _read(
+    student: Logits,
+    comparison: Comparison,
+    cache: Tensor,
+    stats: bool,
+    blocks_of: Callable[..., RowBlocks],
+) -> RowBlocks:
     """Read every row, and keep the gradients of as many as the cache holds."""
     kept = KeptRows.of(cache, student, probabilities=stats)
     number = len(kept.gradient)
-    reader = RowBlocks(student, comparison, stats=stats, probabilities=stats and number > 0)
+    reader = blocks_of(student, comparison, stats=stats, probabilities=stats and number > 0)
     for rows in reader.of(0, number):
         reader.read(rows, kept.of_rows(rows))
     for rows in reader.of(number, student.shape()[0]):
         reader.read_numbers(rows)
-    return reader.numbers
+    reader.finish()
+    return reader
 
 
 def _read_with_jacobians(
-    student: Logits, comparison: Comparison, found: Found, *, stats: bool
-) -> RowNumbers:
+    student: Logits,
+    comparison: Comparison,
+    found: Found,
+    stats: bool,
+    blocks_of: Callable[..., RowBlocks],
+) -> RowBlocks:
     """Read every row, and write (n, H) ``d divergence / d hidden``.
 
     With ``stats`` that of the log-probabilities, too.
     """
-    reader = RowBlocks(student, comparison, stats=stats, probabilities=stats)
+    reader = blocks_of(student, comparison, stats=stats, probabilities=stats)
     count, factor = student.shape()[0], student.transform.factor
     jacobian, logps_jacobian = found.jacobian[:count], found.logps_jacobian[:count]
     for rows in reader.of(0, count):
@@ -117,22 +138,16 @@ def _read_with_jacobians(
         product(gradient, student, jacobian[rows])
         if probabilities is not None:
             product(probabilities, student, logps_jacobian[rows])
+    reader.finish()
     jacobian.mul_(factor)
     logps_jacobian.mul_(-factor)
     if stats:
-        state = Running.of(_reading(reader.numbers, student)[0])
+        state = Running.of(reader.reading()[0])
         slope = student.transform.slope(state.target_logit) * state.shares().others
-        logps_jacobian.addcmul_(student.weight_of_labels(), slope.unsqueeze(1))
+        student.add_weight_of_labels_(logps_jacobian, slope)
     for one in (found.jacobian, found.logps_jacobian):
         one[count:] = 0
-    return reader.numbers
-
-
-def _reading(numbers: RowNumbers, student: Logits) -> tuple[Tensor, Tensor]:
-    """Running numbers (3, n) of the student and stats (n, 3), as `linear_logps` has them."""
-    nothing, none = torch.zeros_like(numbers.others), torch.full_like(numbers.others, -torch.inf)
-    partial = Partial(numbers.maximum, none, numbers.others, numbers.shortfall, nothing)
-    return reading_of_partial(partial, numbers.target_logit, student.labels)
+    return reader
 
 
 def _outside(operands: Operands) -> Tensor:
@@ -143,7 +158,8 @@ def _outside(operands: Operands) -> Tensor:
     return bad & (labels != operands.ignore_index)
 
 
-def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
+def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
+    """Places for all that the operator returns."""
     operands, more = Operands.split(arguments)
     _, (wants_jacobian, wants_stats, scratch_bytes) = Comparison.split(more)
     hidden = operands.hidden
@@ -174,13 +190,14 @@ def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
 linear_divergence_ops = register(
     "linear_divergence",
     divergence_and_more,
-    _outputs,
+    empty_outputs,
     f"({SCHEMA}, {COMPARISON_SCHEMA}, bool jacobian, bool stats, int scratch_bytes)"
     f" -> ({', '.join(['Tensor'] * len(Found._fields))})",
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Leave for `backward` what it needs."""
     operands, more = Operands.split(inputs)
     comparison, (_, wants_stats, _) = Comparison.split(more)
     found = Found(*output)
@@ -193,13 +210,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )  # fmt: skip
 
 
-def _backward(
+def backward(
     ctx: Any,
     from_divergence: Tensor | None,
     from_logps: Tensor | None,
     from_lse: Tensor | None,
     *_: None,
+    by_reading: Callable[..., Any] | None = None,  # in place of the operator that reads again
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of the operands, from those of what is differentiable."""
     tensors, options = ctx.saved_tensors, ctx.options
     if not ctx.stats:  # what was not wanted may have gradients without an element
         from_logps = from_lse = None
@@ -214,10 +233,10 @@ def _backward(
         op = by_jacobian_ops.of(operands)
         return op(*operands, *left, *jacobians), None, None, *nothing
     wanted = ctx.needs_input_grad[:3]
-    op = backward_ops.of(operands)
-    found = op(*operands, *teachers, *options[1], *left, cache, *wanted)
+    read_again = by_reading or backward_ops.of(operands)
+    found = read_again(*operands, *teachers, *options[1], *left, cache, *wanted)
     return *(one if want else None for one, want in zip(found, wanted, strict=True)), *nothing
 
 
 for op in linear_divergence_ops:
-    op.register_autograd(_backward, setup_context=_setup_context)
+    op.register_autograd(backward, setup_context=setup_context)

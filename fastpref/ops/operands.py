@@ -94,6 +94,12 @@ class Logits(NamedTuple):
         assert self.labels is not None
         return take(self.weight, self.labels.clamp(0, self.weight.shape[0] - 1))
 
+    def add_weight_of_labels_(self, total: Tensor, coefficients: Tensor) -> None:
+        """Add those rows, times (n,), to ``total`` (n, H); nothing for a label below 0."""
+        assert self.labels is not None
+        coefficients = coefficients.masked_fill(self.labels < 0, 0)
+        total.addcmul_(self.weight_of_labels(), coefficients.unsqueeze(1))
+
     def grid_by_columns(self, like: Tensor) -> Tiling:
         """The tiles of these logits for the head's gradient, and for what is kept for it."""
         (count, vocab_size), hidden_size = self.shape(), self.hidden.shape[1]

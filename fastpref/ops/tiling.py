@@ -120,11 +120,11 @@ def grid_by_columns(rows: int, hidden_size: int, vocab_size: int, like: Tensor) 
     return _accelerator_grid(rows, vocab_size, row_step, columns, across, rows)
 
 
-def rows_per_block(rows: int, vocab_size: int, like: Tensor) -> int:
-    """For what needs two numbers of every token at once: blocks of rows, all alike."""
+def rows_per_block(rows: int, vocab_size: int, like: Tensor, *, tiles: int = 2) -> int:
+    """For what needs several numbers of every token at once: blocks of rows, all alike."""
     on_cpu = like.device.type == "cpu"
     budget = CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES
-    largest = min(budget // (2 * padded(vocab_size) * like.dtype.itemsize), ROWS_PER_TILE)
+    largest = min(budget // (tiles * padded(vocab_size) * like.dtype.itemsize), ROWS_PER_TILE)
     if on_cpu:
         largest = min(largest, max(CPU_FEWEST_ROWS, -(-rows // CPU_BLOCKS)))
     return _even_step(rows, max(1, largest), multiple=1)

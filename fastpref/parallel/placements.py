@@ -30,24 +30,27 @@ class LocalHead(NamedTuple):
     shard: VocabShard | None  # where the head is only a part of the vocabulary
 
 
-def local_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LocalHead:
+def local_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = ""
+) -> LocalHead:
     """The plain tensors behind arguments of which some are a ``DTensor``."""
     shard = _shard(weight)
     if bias is not None and _shard(bias) != shard:
-        refuse("bias", "the same shard of the vocabulary as weight", _words(bias))
+        expected = f"the same shard of the vocabulary as {prefix}weight"
+        refuse(f"{prefix}bias", expected, _words(bias))
     return LocalHead(
-        _local_hidden(hidden),
-        _local_part("weight", weight),
-        None if bias is None else _local_part("bias", bias),
+        _local_hidden(f"{prefix}hidden", hidden),
+        _local_part(f"{prefix}weight", weight),
+        None if bias is None else _local_part(f"{prefix}bias", bias),
         shard,
     )
 
 
-def _local_hidden(hidden: Tensor) -> Tensor:
+def _local_hidden(name: str, hidden: Tensor) -> Tensor:
     if not isinstance(hidden, DTensor):
         return hidden
     if not all(placement.is_replicate() for placement in hidden.placements):
-        refuse("hidden", "a plain tensor (.to_local()) or a replicated DTensor", _words(hidden))
+        refuse(name, "a plain tensor (.to_local()) or a replicated DTensor", _words(hidden))
     local: Tensor = hidden.to_local()
     return local
 
@@ -89,9 +92,10 @@ def _shard(tensor: Tensor) -> VocabShard | None:
         return None
     if not _splits_rows(tensor.placements[names.index(TENSOR_PARALLEL)], anyhow=False):
         return None
-    step = -(-tensor.shape[0] // mesh.size(names.index(TENSOR_PARALLEL)))  # as torch.chunk has it
-    start = min(step * mesh.get_local_rank(TENSOR_PARALLEL), tensor.shape[0])
-    return VocabShard(mesh.get_group(TENSOR_PARALLEL), start, tensor.shape[0])
+    total, processes = tensor.shape[0], mesh.size(names.index(TENSOR_PARALLEL))
+    step = -(-total // processes)  # as torch.chunk has it
+    sizes = tuple(min(step, max(total - step * rank, 0)) for rank in range(processes))
+    return VocabShard(mesh.get_group(TENSOR_PARALLEL), sizes)
 
 
 def _dimension_names(tensor: DTensor) -> tuple[str, ...]:

@@ -17,20 +17,61 @@ from fastpref.ops.linear_logps_op import Found, linear_logps_backward_ops, linea
 from fastpref.ops.linear_stats_op import Partial, Sums, linear_stats_ops, merge
 from fastpref.ops.operands import NO_LABEL, Operands, labelled_rows, spread, take
 from fastpref.ops.running import Running, joined, joined_stats
+from fastpref.ops.torch_tiles import LogitTransform
 
 IGNORED = NO_LABEL - 1  # within a shard, for what the caller's `ignore_index` leaves out
 
 
 class VocabShard(NamedTuple):
-    """Which tokens this process has a head for: ``weight.shape[0]`` of them from ``start`` on."""
+    """Which tokens this process has a head for."""
 
     group: ProcessGroup
-    start: int
-    total: int  # tokens of all processes
+    sizes: tuple[int, ...]  # tokens of every process, end to end in the order of their ranks
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def start(self) -> int:
+        """The first token of this process."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def size(self) -> int:
+        """How many tokens this process has."""
+        return self.sizes[self.rank]
+
+    @property
+    def total(self) -> int:
+        """How many tokens all processes have."""
+        return sum(self.sizes)
+
+    def cut(self, total: int) -> VocabShard:
+        """The same without the tokens from ``total`` on."""
+        starts = (sum(self.sizes[:rank]) for rank in range(len(self.sizes)))
+        pairs = zip(starts, self.sizes, strict=True)
+        return self._replace(sizes=tuple(min(max(total - one, 0), size) for one, size in pairs))
+
+    def is_like(self, other: VocabShard) -> bool:
+        """Whether the same processes have the same tokens in the other, too."""
+        ranks = (dist.get_process_group_ranks(one.group) for one in (self, other))
+        return next(ranks) == next(ranks) and self.sizes == other.sizes
+
+    def of_labels(self, labels: Tensor) -> Tensor:
+        """Labels (n,) as this process has them: `NO_LABEL` for those of others."""
+        own = (labels >= self.start) & (labels < self.start + self.size)
+        return torch.where(own, labels - self.start, NO_LABEL)
+
+    def words(self) -> str:
+        """What it is, for an error."""
+        ranks = dist.get_process_group_ranks(self.group)
+        return f"shards of {self.sizes} tokens on processes {tuple(ranks)}"
 
 
 def shard_of_group(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup, *, prefix: str = ""
 ) -> VocabShard:
     """Which part of the vocabulary this process has: the processes tell one another their sizes.
 
@@ -38,15 +79,35 @@ def shard_of_group(
     """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if isinstance(tensor, DTensor):
-            refuse(name, "a plain tensor beside a group (a DTensor knows its own)", "a DTensor")
+            expected = "a plain tensor beside a group (a DTensor knows its own)"
+            refuse(f"{prefix}{name}", expected, "a DTensor")
     if not isinstance(group, ProcessGroup):
-        refuse("group", "a torch.distributed process group", type(group).__name__)
-    check_floating("weight", weight)
+        refuse(f"{prefix}group", "a torch.distributed process group", type(group).__name__)
+    check_floating(f"{prefix}weight", weight)
     own = torch.tensor([weight.shape[0]], device=weight.device)
     every = own.new_empty(dist.get_world_size(group), 1)
     dist.all_gather(list(every.unbind(0)), own, group=group)
-    sizes = every.flatten().tolist()
-    return VocabShard(group, sum(sizes[: dist.get_rank(group)]), sum(sizes))
+    return VocabShard(group, tuple(every.flatten().tolist()))
+
+
+def at_least_one_token(
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor | None, LogitTransform]:
+    """A head without a token as one with a masked token, which nothing else tells from it.
+
+    What reads a vocabulary expects at least one token. The bias is -inf, and neither a soft cap nor
+    a scale makes a finite number of it.
+    """
+    if weight.dim() != 2 or weight.shape[0] > 0:
+        return weight, bias, transform
+    masked = weight.new_full((1,), -torch.inf)
+    return (
+        torch.cat((weight, weight.new_zeros(1, weight.shape[1]))),
+        masked if bias is None else torch.cat((bias, masked)),
+        LogitTransform(transform.temperature),
+    )
 
 
 def sharded_logps(
@@ -64,7 +125,7 @@ def sharded_logps(
     if operands.labels is None:
         return logps, lse, numbers
     if not operands.compact:
-        ignored, outside = _left_out(operands, shard)
+        ignored, outside = left_out(operands, shard)
         logps = logps.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
         lse = lse.masked_fill(ignored, 0)
         numbers = numbers.masked_fill(outside.unsqueeze(1), torch.nan)
@@ -82,14 +143,14 @@ def sharded_stats(operands: Operands, shard: VocabShard, sums: Sums) -> tuple[Te
     if within.labels is not None:
         at_label = target_logit.masked_fill(within.labels < 0, -torch.inf)
         numbers = torch.cat((numbers, at_label.unsqueeze(1)), dim=1)
-    every, count = _gathered(numbers.T.contiguous(), shard.group), operands.hidden.shape[0]
+    every, count = gathered(numbers.T.contiguous(), shard.group), operands.hidden.shape[0]
     *parts, at_label = (*every.unbind(1), target_logit)[: len(Partial._fields) + 1]
     whole = torch.stack(merge(Partial(*parts)), dim=1)
     if operands.labels is None:
         return whole, target_logit
     target_logit = at_label.amax(0)
     if not operands.compact:
-        target_logit = target_logit.masked_fill(_left_out(operands, shard)[1], torch.nan)
+        target_logit = target_logit.masked_fill(left_out(operands, shard)[1], torch.nan)
     return spread(whole, rows, count), spread(target_logit, rows, count)
 
 
@@ -106,12 +167,11 @@ def _within(operands: Operands, shard: VocabShard) -> tuple[Operands, Tensor | N
         rows = labelled_rows(labels, shard.total, operands.ignore_index)
         hidden, labels = take(hidden, rows), take(labels, rows)
     ignored = labels == operands.ignore_index
-    own = (labels >= shard.start) & (labels < shard.start + operands.weight.shape[0])
-    local = torch.where(own, labels - shard.start, NO_LABEL).masked_fill(ignored, IGNORED)
+    local = shard.of_labels(labels).masked_fill(ignored, IGNORED)
     return within._replace(hidden=hidden, labels=local), rows
 
 
-def _left_out(operands: Operands, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def left_out(operands: Operands, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Which labels (N,) are ignored, and which of the others no process has."""
     assert operands.labels is not None
     ignored = operands.labels == operands.ignore_index
@@ -171,11 +231,11 @@ def _of_every_shard(
     own = torch.cat((found.running, found.stats.T))
     if labels is not None:
         own[2].masked_fill_(labels < 0, -torch.inf)
-    every = _gathered(own, group)
+    every = gathered(own, group)
     return every[:, :3], every[:, 3:].transpose(1, 2)
 
 
-def _gathered(own: Tensor, group: ProcessGroup) -> Tensor:
+def gathered(own: Tensor, group: ProcessGroup) -> Tensor:
     """The tensors of all processes, of one shape and contiguous, in the order of their ranks."""
     every = own.new_empty(dist.get_world_size(group), *own.shape)
     if own.numel():

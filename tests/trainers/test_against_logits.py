@@ -13,13 +13,14 @@ from training import (
     dataset,
     history,
     models_for,
+    numbers,
     signal,
     student,
     teacher,
     trainer,
 )
 
-from fastpref import Responses
+from fastpref import Responses, sum_responses
 from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer
 from fastpref.losses import METHODS
 from fastpref.models import lm_head_of
@@ -138,6 +139,32 @@ def test_columns_are_as_good_as_the_teacher(tmp_path):
     data = dataset(**{name: one.tolist() for name, one in columns.items()})
     found = preference_trainer(tmp_path, "dpkd", settings=size, train_dataset=data)
     assert_same(history(found), history(along))
+
+
+def test_columns_may_be_lists_of_several_oracles(tmp_path):
+    columns = {
+        f"{side}_reward": [
+            list(pair) for pair in zip(numbers(seed), numbers(seed + 1), strict=True)
+        ]
+        for side, seed in (("chosen", 1), ("rejected", 3))
+    }
+    found = preference_trainer(
+        tmp_path, "edpo", train_dataset=dataset(**columns), **models_for("edpo")
+    )
+    batch = batch_of(found)
+    assert batch["chosen_reward"].shape == (2, 2)
+    model, reference, labels = found.model, found.ref_model, labels_of(batch)
+    with torch.no_grad():
+        logps, ref_logps = (
+            sum_responses(formulas.linear_logps(*read(one, batch), labels), labels)
+            for one in (model, reference)
+        )
+    rewards = torch.cat([batch["chosen_reward"], batch["rejected_reward"]]).T
+    expected = METHODS["edpo"](logps, ref_logps.logps, rewards).loss
+    loss = found.compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    of_one = METHODS["edpo"](logps, ref_logps.logps, rewards[0]).loss
+    assert abs(float(loss.detach() - of_one)) > 1e-3
 
 
 def test_the_student_without_its_adapter_is_the_reference(tmp_path):

@@ -25,6 +25,7 @@ from fastpref.models.reward_head import add_reward_head
 SHAPED = {"train_dataset": dataset(**signal("shaping"))}
 REWARDED = {"train_dataset": dataset(**signal("reward"))}
 OTHER = tiny_tokenizer(60)
+LISTS = {"chosen_reward": [[0.0, 1.0]] * 7 + [[0.0]], "rejected_reward": [[0.0, 1.0]] * 8}
 LOGPS = {"teacher_chosen_logps": numbers(1), "teacher_rejected_logps": numbers(2)}
 
 
@@ -73,6 +74,8 @@ def with_reward_head(tokenizer=TOKENIZER):
         (tvkd, {**SHAPED, "compute_metrics": print}, "compute_metrics: expected None"),
         (drdo, {}, "train_dataset: expected columns chosen_reward and rejected_reward"),
         (drdo, {**REWARDED, **with_reward_head()}, "oracle_model: expected None"),
+        (method("edpo"), {"train_dataset": dataset(**LISTS)},
+         r"chosen_reward: expected as many numbers in every row as in the first, got .* .row 7."),
         (drdo, with_reward_head(OTHER), "oracle_model: expected the student's vocabulary"),
         (drdo, {**with_reward_head(), "oracle_model": tiny_model(TOKENIZER)},
          "model: expected a reward head"),

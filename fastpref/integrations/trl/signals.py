@@ -58,8 +58,9 @@ class Signal:
         return dataset
 
     def of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(2B,) numbers of the columns of a batch, chosen responses first."""
-        return torch.cat([inputs[column] for column in self.columns])
+        """(2B,) numbers of the columns of a batch, chosen responses first; (k, 2B) of lists."""
+        found = torch.cat([inputs[column] for column in self.columns])
+        return found if found.dim() == 1 else found.T
 
 
 SHAPING = Signal(
@@ -206,7 +207,10 @@ def responses_logps(states: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 @dataclass
 class CollatorWithColumns:
-    """TRL's collator, and beside its tensors one (B,) float32 tensor per column."""
+    """TRL's collator, and beside its tensors one float32 tensor per column.
+
+    It is (B,) of numbers, (B, k) of lists, which have one number for each of k models.
+    """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     columns: tuple[str, ...]
@@ -221,11 +225,21 @@ class CollatorWithColumns:
 
 
 def finite(column: str, values: list[Any]) -> list[Any]:
-    """``values`` of a column; refused is one with a row that has no finite number."""
+    """``values`` of a column; refused is one with a row that has no finite number.
+
+    Rows may be lists of such numbers, all as long as the first.
+    """
     for row, value in enumerate(values):
-        if not is_finite_float32(value):
+        many = value if isinstance(value, list) else [value]
+        if not many or not all(is_finite_float32(one) for one in many):
             refuse(column, "a finite number in every row", f"{value!r} (row {row})")
+        if _count(value) != _count(values[0]):
+            refuse(column, "as many numbers in every row as in the first", f"{value!r} (row {row})")
     return values
+
+
+def _count(value: Any) -> int | None:
+    return len(value) if isinstance(value, list) else None
 
 
 def missing_columns(dataset: Any, columns: Iterable[str]) -> list[str]:
