@@ -342,3 +342,26 @@ def linear_divergence(
             gain = gain.clamp(*clip)
         found = (log_q.exp() * gain).sum(-1)
     return torch.where(labels != ignore_index, found, 0)
+
+
+def linear_token_preference(
+    student: tuple[Tensor, Head | Tensor],
+    teacher: tuple[Tensor, Head | Tensor],
+    labels: Tensor,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    tokens: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Losses (...) of two tokens at a position, by default the likeliest of teacher and student."""
+    log_q, log_p = (
+        logits(*model, temperature=temperature).log_softmax(-1) for model in (student, teacher)
+    )
+    first, second = (log_p.argmax(-1), log_q.argmax(-1)) if tokens is None else tokens
+    ratio, of_teacher = (
+        (one.gather(-1, first.unsqueeze(-1)) - one.gather(-1, second.unsqueeze(-1))).squeeze(-1)
+        for one in (log_q, log_p.detach())
+    )
+    losses = -logsigmoid(beta * (ratio - of_teacher.to(ratio.dtype)))
+    return torch.where(labels != ignore_index, losses, 0)

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from fastpref.checks import check_beside, check_number
 from fastpref.ops import token_preference_op
-from fastpref.ops.head import Head, prepare_labelled
+from fastpref.ops.head import Head, cut_alike, prepare_labelled
 from fastpref.ops.operands import Operands
 from fastpref.ops.token_preference_op import token_preference_ops
 from fastpref.ops.topk_op import Found, topk_ops
@@ -82,8 +82,7 @@ def linear_token_preference(
     ready, flat = prepare_labelled(student_hidden, student_head, labels, *shared, prefix="student_")
     check_beside("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
     teacher, _ = prepare_labelled(teacher_hidden, teacher_head, labels, *shared, prefix="teacher_")
-    vocab_size = min(ready.weight.shape[0], teacher.weight.shape[0])
-    ready, teacher = ready.cut(vocab_size), teacher.cut(vocab_size)
+    ready, teacher = cut_alike([ready, teacher], ("student_", "teacher_"))
     operands = Operands(*ready[:3], flat, *ready.transform, ignore_index, compact)
     with torch.no_grad():
         op = token_preference_ops.of(operands)
@@ -96,5 +95,5 @@ def linear_token_preference(
     ignored = flat == ignore_index
     values = -logsigmoid(beta * margin.masked_fill(ignored, 0))
     if not compact:
-        values = values.masked_fill((flat < 0) | (flat >= vocab_size), torch.nan)
+        values = values.masked_fill((flat < 0) | (flat >= ready.weight.shape[0]), torch.nan)
     return values.masked_fill(ignored, 0).view(labels.shape)

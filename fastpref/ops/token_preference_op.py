@@ -31,7 +31,7 @@ def likeliest_of_both(*arguments: Any) -> tuple[Tensor, ...]:
     n_rows, vocab_size = student.shape()
     like = operands.hidden.new_empty(0, dtype=statistics_dtype(operands.hidden.dtype))
     tokens, margin = like.new_empty(n_rows, 2, dtype=torch.int64), like.new_empty(n_rows)
-    step = rows_per_block(n_rows, vocab_size, like)
+    step = rows_per_block(n_rows, vocab_size, like, tiles=1)
     buffer = like.new_empty(step * padded(vocab_size))
     for block in blocks(0, n_rows, step):
         tile = carve(buffer, block.stop - block.start, vocab_size)

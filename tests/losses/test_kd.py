@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import formulas
 import looped
 import pytest
 import torch
@@ -156,18 +157,14 @@ def test_adpa_as_released_punishes_nothing():
 def test_dpkd_token_is_that_of_log_probabilities():
     """Without the normalisers that cancel in it."""
     tokens, chosen = Tokens(), slice(2)
-    log_q, log_p, mask = tokens.log_q[chosen], tokens.log_p[chosen], tokens.mask[chosen]
-    ratios = []
-    for one in (log_q, log_p):
-        first, second = (one.gather(-1, of.argmax(-1, keepdim=True)) for of in (log_p, log_q))
-        ratios.append((first - second).squeeze(-1))
-    losses = -torch.nn.functional.logsigmoid(0.3 * (ratios[0] - ratios[1]))
-    nll = torch.nn.functional.nll_loss(log_q[mask], tokens.labels[chosen][mask])
-    models = tokens.hidden[chosen], tokens.heads[0], tokens.hidden[chosen], tokens.heads[1]
-    per_token = linear_token_preference(*models, tokens.labels[chosen], beta=0.3)
-    sums = sum_responses(per_token, tokens.labels[chosen]).logps
+    hidden, labels, mask = tokens.hidden[chosen], tokens.labels[chosen], tokens.mask[chosen]
+    student, teacher = ((hidden, head) for head in tokens.heads[:2])
+    losses = formulas.linear_token_preference(student, teacher, labels, beta=0.3)[mask]
+    nll = torch.nn.functional.nll_loss(tokens.log_q[chosen][mask], labels[mask])
+    per_token = linear_token_preference(*student, *teacher, labels, beta=0.3)
+    sums = sum_responses(per_token, labels).logps
     found = dpkd_token(tokens.responses(chosen), sums)
-    tokens.hold(found.loss, 0.5 * losses[mask].mean() + 0.5 * nll)
+    tokens.hold(found.loss, 0.5 * losses.mean() + 0.5 * nll)
 
 
 def test_what_the_formulas_say():

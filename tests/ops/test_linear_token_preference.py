@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 from torch.library import opcheck
-from torch.nn.functional import logsigmoid
 from two_heads import TwoHeads, hold, two_heads
 
 from fastpref import Head, linear_token_preference
@@ -26,7 +25,7 @@ LABELS = torch.tensor([3, -100, 0, 10])
 class Case(NamedTuple):
     models: TwoHeads
     beta: float
-    tokens: list[torch.Tensor]  # (...) each, the teacher's likeliest and the student's
+    tokens: tuple[torch.Tensor, ...]  # (...) each, the teacher's likeliest and the student's
 
     @classmethod
     def of(cls, models: TwoHeads, beta: float) -> Case:
@@ -41,7 +40,7 @@ class Case(NamedTuple):
             unclear = (gap < 1e-4 * (1 + logits.abs().amax(-1))) & (logits.shape[-1] > 1)
             labels = labels.masked_fill(unclear, models.student.options["ignore_index"])
         models = models._replace(student=models.student._replace(labels=labels))
-        return cls(models, beta, tokens)
+        return cls(models, beta, tuple(tokens))
 
     def to(self, dtype: torch.dtype, *, trained: bool) -> Case:
         return self._replace(models=self.models.to(dtype, trained=trained))
@@ -52,17 +51,10 @@ class Case(NamedTuple):
         return linear_token_preference(hidden, head, *self.models.teacher, labels, **options)
 
     def expected(self) -> torch.Tensor:
-        of_student = self._difference(*self.models.student[:2])
-        of_teacher = self._difference(*self.models.teacher).to(of_student.dtype)
-        values = -logsigmoid(self.beta * (of_student - of_teacher))
-        return torch.where(self.models.labelled(), values, 0)
-
-    def _difference(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
-        """Of a model's logits of the two tokens."""
-        temperature = self.models.student.options["temperature"]
-        logits = formulas.logits(hidden, head, temperature=temperature)
-        first, second = (logits.gather(-1, one.unsqueeze(-1)).squeeze(-1) for one in self.tokens)
-        return first - second
+        hidden, head, labels, options = self.models.student
+        options = {**options, "beta": self.beta, "tokens": self.tokens}
+        models = (hidden, head), self.models.teacher
+        return formulas.linear_token_preference(*models, labels, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -245,14 +237,14 @@ def test_memory_is_a_block_and_blocks_change_nothing(trained, monkeypatch):
     torch.manual_seed(1)
     whole = step(trained=trained)
     expected = whole()
-    block, tile = 2 * 16 * 4 * VOCABULARY, 2**14
-    monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", block)  # two tiles of 16 rows
+    block, tile = 16 * 4 * VOCABULARY, 2**14
+    monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", block)  # 16 rows
     monkeypatch.setattr(tiling, "CPU_FEWEST_ROWS", 1)
     monkeypatch.setattr(tiling, "CPU_TILE_BYTES", tile)
     torch.testing.assert_close(whole(), expected)
     head = 2 * 4 * WIDTH * VOCABULARY if trained else 0
     small, large = (peak_bytes_of(step(rows, trained=trained)) for rows in (ROWS, 2 * ROWS))
-    assert large < block / 2 + 4 * tile + head + (large - small)
+    assert large < block + 4 * tile + head + (large - small)
     assert large - small < ROWS * 4 * (4 * WIDTH + 40)
 
 

@@ -85,6 +85,11 @@ def naive_inputs(method, model, batch, models, options):
     if method == "gkd":
         options = {"kind": "jsd", **options}
         found["divergences"] = divergences("teacher_model", **options)[:pairs]
+    if method == "dpkd_token":
+        both = (states, head), cut(*others["teacher_model"])
+        options = {"beta": 0.1, **options}
+        losses = formulas.linear_token_preference(*both, labels, **options)
+        found["divergences"] = losses.sum(1)[:pairs]
     if method == "adpa":
         options = {"reference": cut(*others["teacher_ref_model"]), **options}
         found["advantages"] = divergences("teacher_model", **options)[pairs:]
@@ -243,6 +248,7 @@ METHODS_AND_SETTINGS = [
     ("vanilla_kd", {"weight": 0.7, "sft_weight": 0.3}),
     ("dckd", {"chosen_weight": 0.5, "rejected_weight": 2.0}),
     ("dpkd", {"beta": 0.5}),
+    ("dpkd_token", {"token_beta": 0.5, "weight": 2.0}),
     ("gkd", {"sft_weight": 0.5}),
     ("gkd", {"jsd_beta": 0.9}),
     ("gkd", {"divergence": "reverse_kl", "divergence_temperature": 2.0, "sft_weight": 0.5}),
@@ -255,6 +261,7 @@ METHODS_AND_SETTINGS = [
 OF_DIVERGENCE = {
     "divergence": "kind",
     "jsd_beta": "beta",
+    "token_beta": "beta",
     "skew_alpha": "alpha",
     "divergence_temperature": "temperature",
     "advantage_clip": "clip",

@@ -191,6 +191,7 @@ REFUSED = [
     ("means", {}, {"topk_tail": "drop"}, "topk_tail: expected 'bucket', since the dataset's"),
     ("tokens", {}, {"topk_tail": "best"}, "topk_tail: expected 'bucket' or 'drop' or"),
     ("means", {"eval_dataset": dataset()}, {}, "eval_dataset: expected columns chosen_teacher_w"),
+    ("means", {}, {"method": "dpkd_token"}, "teacher_model: .* and not 'token_preference'"),
     ("means", {}, {"method": "adpa"}, "teacher_model: expected a model, .* and not 'advantage'"),
 ]  # fmt: skip
 

@@ -142,6 +142,8 @@ def test_help_of_what_signals_need():
         ({"method": "gkd", "jsd_beta": 1.0}, "jsd_beta: expected a number above 0 and below 1"),
         ({"method": "gkd", "skew_alpha": 0.0}, "skew_alpha: expected a finite number above 0"),
         ({"method": "vanilla_kd", "lmbda": 0.5}, "lmbda: expected None, since method 'vanilla_kd'"),
+        ({"method": "dpkd_token", "token_beta": 0.0}, "token_beta: expected .* above 0, got 0.0"),
+        ({"method": "dpkd_token", "topk_tail": "drop"}, "topk_tail: expected None, since method"),
         ({"method": "adpa", "advantage_clip": [1.0]}, "advantage_clip: expected two numbers"),
         ({"method": "adpa", "advantage_clip": [1.0, 0.0]}, "advantage_clip: .* the least before"),
         ({"method": "kto", "per_device_train_batch_size": 1}, "per_device_train_batch_size: .* 2"),

@@ -31,7 +31,7 @@ def loss_of(folder, method, settings, **models):
 MIXTURES = [
     (["simpo", "sft", "vanilla_kd"], [1.0, 0.1, 0.3]),  # logps of all, divergences of the chosen
     (["tdpo", "vanilla_kd", "dckd"], [1.0, 2.0, 0.5]),  # divergences from two models
-    (["vanilla_kd", "gkd"], [1.0, 1.0]),  # two divergences from one
+    (["dpkd_token", "vanilla_kd", "gkd"], [1.0, 1.0, 0.5]),  # three comparisons with one
     (["adpa", "vanilla_kd", "dpo"], [1.0, 0.5, 0.5]),  # an advantage of the rejected beside
     (["sft", "gkd"], [0.5, 0.5]),  # rejected responses are not read at all
     (["kto", "wpo", "dpkd"], [1.0, 0.5, 0.2]),
