@@ -34,7 +34,7 @@ def linear_token_preference(
               \qquad a = \arg\max_v p(v), \quad b = \arg\max_v q(v)
 
     The loss in the released code of `DPKD <https://arxiv.org/abs/2406.19774>`_. No normaliser is
-    left in it: the two logarithms are differences of logits. It is never below :math:`\log 2`,
+    left in it: both logarithms are differences of logits. It is never below :math:`\log 2`,
     which it is where both models agree on the likeliest token; there the gradient is 0. The choice
     of the tokens has no gradient.
 
@@ -89,7 +89,7 @@ def linear_token_preference(
         likeliest = token_preference_op.Found(*op(*operands, *teacher[:3], *teacher.transform))
     found = Found(*topk_ops.of(operands)(*operands, likeliest.tokens, False, False))
     margin = found.logits[:, 0] - found.logits[:, 1]
-    # Two halves of one token's gradient would cancel but for rounding.
+    # Both logits are then one token's, whose two gradients would cancel only up to rounding.
     agree = likeliest.tokens[:, 0] == likeliest.tokens[:, 1]
     margin = torch.where(agree, margin.detach(), margin) - likeliest.margin
     ignored = flat == ignore_index
