@@ -17,6 +17,7 @@ from fastpref.ops import (
     linear_stats,
     linear_topk_divergence,
     linear_topk_divergence_with_stats,
+    linear_topk_expectation,
     teacher_means,
 )
 from fastpref.responses import Responses, sum_responses
@@ -42,6 +43,7 @@ __all__ = [
     "linear_stats",
     "linear_topk_divergence",
     "linear_topk_divergence_with_stats",
+    "linear_topk_expectation",
     "losses",
     "sequence_rewards",
     "shaping_from_values",

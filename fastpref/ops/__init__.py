@@ -14,7 +14,11 @@ from fastpref.ops.linear_logps import (
     linear_logsumexp,
 )
 from fastpref.ops.linear_stats import linear_stats
-from fastpref.ops.linear_topk import linear_topk_divergence, linear_topk_divergence_with_stats
+from fastpref.ops.linear_topk import (
+    linear_topk_divergence,
+    linear_topk_divergence_with_stats,
+    linear_topk_expectation,
+)
 from fastpref.ops.teacher_means import TeacherMeans, teacher_means
 
 __all__ = [
@@ -32,5 +36,6 @@ __all__ = [
     "linear_stats",
     "linear_topk_divergence",
     "linear_topk_divergence_with_stats",
+    "linear_topk_expectation",
     "teacher_means",
 ]
