@@ -18,6 +18,7 @@ from fastpref.ops import (
     linear_token_preference,
     linear_topk_divergence,
     linear_topk_divergence_with_stats,
+    linear_topk_expectation,
     teacher_means,
 )
 from fastpref.responses import Responses, sum_responses
@@ -44,6 +45,7 @@ __all__ = [
     "linear_token_preference",
     "linear_topk_divergence",
     "linear_topk_divergence_with_stats",
+    "linear_topk_expectation",
     "losses",
     "sequence_rewards",
     "shaping_from_values",

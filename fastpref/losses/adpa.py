@@ -47,8 +47,9 @@ def adpa(
 
     The released code is another loss. It has :math:`A` for the aligned teacher's 50 likeliest
     tokens only and 0 for all others, takes that teacher's smallest stored probability where the
-    other teacher's is missing, and clamps :math:`A` to 1e-8 and 1, so that no token is punished
-    (``clip=(0, 1)`` of `linear_divergence`).
+    other teacher's is missing, and clamps :math:`A` to 1e-8 and 1, so that no token is punished.
+    `linear_topk_expectation` of such numbers is what it trains; ``clip=(0, 1)`` of
+    `linear_divergence` clamps over the whole vocabulary.
 
     Args:
         responses: Sums over 2B responses, chosen ones and then the student's own, from

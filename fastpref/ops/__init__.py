@@ -15,7 +15,11 @@ from fastpref.ops.linear_logps import (
 )
 from fastpref.ops.linear_stats import linear_stats
 from fastpref.ops.linear_token_preference import linear_token_preference
-from fastpref.ops.linear_topk import linear_topk_divergence, linear_topk_divergence_with_stats
+from fastpref.ops.linear_topk import (
+    linear_topk_divergence,
+    linear_topk_divergence_with_stats,
+    linear_topk_expectation,
+)
 from fastpref.ops.teacher_means import TeacherMeans, teacher_means
 
 __all__ = [
@@ -34,5 +38,6 @@ __all__ = [
     "linear_token_preference",
     "linear_topk_divergence",
     "linear_topk_divergence_with_stats",
+    "linear_topk_expectation",
     "teacher_means",
 ]

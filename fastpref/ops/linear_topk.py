@@ -1,4 +1,4 @@
-"""Divergences from a teacher of whose distributions a few tokens are known."""
+"""Divergences from a teacher of which a few tokens are known, and means of what those are worth."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from fastpref.ops.linear_divergence import DivergenceWithStats
 from fastpref.ops.operands import Operands
 from fastpref.ops.softmax_rows import NO_TOKEN
 from fastpref.ops.topk_op import Found, topk_ops
-from fastpref.ops.topk_tails import bucket, drop, joined, normalise, renormalize
+from fastpref.ops.topk_tails import bucket, drop, expectation, joined, normalise, renormalize
 
 TAILS = ("bucket", "drop", "renormalize")
+OF_TOKENS = {"drop": drop, "renormalize": renormalize, "expectation": expectation}
+# What the numbers of a token are, and that of none.
+LOGPS, VALUES = ("token_logps", -torch.inf), ("token_values", 0.0)
 
 
 def linear_topk_divergence(
@@ -96,7 +99,8 @@ def linear_topk_divergence(
         (torch.Size([2, 3]), 0.0)
         >>> found.sum().backward()
     """
-    given = _Tokens(token_ids, token_logps), tail, temperature, ignore_index, compact
+    check_choice("tail", tail, TAILS)
+    given = _Tokens(token_ids, token_logps, *LOGPS), tail, temperature, ignore_index, compact
     return _call(student_hidden, student_head, labels, *given, stats=False).divergence
 
 
@@ -144,15 +148,71 @@ def linear_topk_divergence_with_stats(
         >>> round(float(found.divergence[0]), 6), round(float(found.logps[0]), 3)  # log 1/50
         (0.0, -3.912)
     """
-    given = _Tokens(token_ids, token_logps), tail, temperature, ignore_index, compact
+    check_choice("tail", tail, TAILS)
+    given = _Tokens(token_ids, token_logps, *LOGPS), tail, temperature, ignore_index, compact
     return _call(student_hidden, student_head, labels, *given, stats=True)
+
+
+def linear_topk_expectation(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    token_ids: Tensor,
+    token_values: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    compact: bool = True,
+) -> Tensor:
+    r"""Mean under the student of what a few tokens of every position are worth.
+
+    .. math:: \sum_{v \in K_t} q_t(v) A_t(v)
+
+    All other tokens are worth 0. With the advantages of an aligned teacher on its 50 likeliest
+    tokens, clamped to 1e-8 and 1, it is what the released code of `ADPA
+    <https://arxiv.org/abs/2502.17927>`_ trains in the place of the mean over the vocabulary, which
+    is `linear_divergence` with ``kind="advantage"``.
+
+    The gradient is the student's, exact for any loss made of the values, in the matrix products of
+    `linear_topk_divergence`.
+
+    Args:
+        student_hidden: (..., H) hidden states that the student's head reads; float64, float32,
+            float16 or bfloat16.
+        student_head: `Head`, or its weight (V, H), in the dtype of ``student_hidden`` (autocast
+            casts both).
+        token_ids: (..., K) integers, different ones at a position.
+        token_values: (..., K) constants of any floating-point dtype and unit. Where it is 0 the id
+            does not matter.
+        labels: (...) integers, already shifted. They say which positions are left out.
+        temperature: Divides the student's logits.
+        ignore_index: The label of positions to leave out; their mean is 0.
+        compact: As in `linear_topk_divergence`.
+
+    Returns:
+        (...) in the unit of the values, float32 (float64 for float64 students), 0 where ignored.
+
+    Raises:
+        ValueError: As `linear_topk_divergence`.
+
+    Example:
+        >>> student = torch.zeros(2, 8), torch.randn(50, 8)  # every token has 1/50
+        >>> ids, values = torch.tensor([[4, 1], [9, 2]]), torch.tensor([[1.0, 0.5], [0.0, -1.0]])
+        >>> linear_topk_expectation(*student, ids, values, torch.tensor([4, 9]))
+        tensor([ 0.0300, -0.0200])
+    """
+    tokens = _Tokens(token_ids, token_values, *VALUES)
+    given = tokens, "expectation", temperature, ignore_index, compact
+    return _call(student_hidden, student_head, labels, *given, stats=False).divergence
 
 
 class _Tokens(NamedTuple):
     """Some tokens at every position."""
 
     ids: Tensor  # (..., K) integers
-    logps: Tensor  # (..., K), the teacher's, -inf where there is no token
+    numbers: Tensor  # (..., K) of each token
+    name: str  # of the numbers, as an argument
+    of_none: float  # where there is no token
 
 
 def _call(
@@ -168,16 +228,15 @@ def _call(
     stats: bool,
 ) -> DivergenceWithStats:
     """Check and cast the arguments, run the operator; what is not wanted comes back empty."""
-    check_choice("tail", tail, TAILS)
     ready, flat = prepare_labelled(
         hidden, head, labels, temperature, ignore_index, compact, prefix="student_"
     )
     _check_tokens(tokens, hidden)
     count, ignored = tokens.ids.shape[-1], flat == ignore_index
-    log_p = tokens.logps.detach().reshape(-1, count).to(statistics_dtype(ready.hidden.dtype))
-    log_p = log_p.masked_fill(ignored.unsqueeze(1), -torch.inf)
+    numbers = tokens.numbers.detach().reshape(-1, count).to(statistics_dtype(ready.hidden.dtype))
+    numbers = numbers.masked_fill(ignored.unsqueeze(1), tokens.of_none)
     ids = tokens.ids.reshape(-1, count).to(torch.int64)
-    ids = ids.masked_fill(log_p == -torch.inf, NO_TOKEN)
+    ids = ids.masked_fill(numbers == tokens.of_none, NO_TOKEN)
     if stats:  # one more token, of which the teacher says nothing
         ids = torch.cat((ids, flat.masked_fill(ignored, NO_TOKEN).unsqueeze(1)), dim=1)
     operands = Operands(*ready[:3], flat, *ready.transform, ignore_index, compact)
@@ -187,9 +246,10 @@ def _call(
     found = Found(*op(*operands, ids, wants_rest, wants_rest and by_jacobian))
     logits = found.logits.masked_fill(ids == NO_TOKEN, -torch.inf)
     if not wants_rest:
-        values = [renormalize(logits, log_p)]
+        values = [renormalize(logits, numbers)]
     else:
-        values = _values(found, logits, log_p, ids, tail, ready.transform.temperature, stats=stats)
+        given = logits, numbers, ids, tail, ready.transform.temperature
+        values = _values(found, *given, stats=stats)
     if not compact:
         named = torch.cat((ids, flat.unsqueeze(1)), dim=1)
         outside = (named < 0) | (named >= ready.weight.shape[0])
@@ -206,7 +266,7 @@ def _call(
 def _values(
     found: Found,
     logits: Tensor,  # (N, K), with ``stats`` and the label's (N, K + 1); -inf where no token is
-    log_p: Tensor,  # (N, K)
+    numbers: Tensor,  # (N, K) of the tokens
     ids: Tensor,  # like the logits
     tail: str,
     temperature: float,
@@ -214,7 +274,7 @@ def _values(
     stats: bool,
 ) -> list[Tensor]:
     """The divergence (N,), and with ``stats`` the other fields of `DivergenceWithStats`."""
-    count = log_p.shape[1]
+    count = numbers.shape[1]
     if stats:  # a label among the K tokens counts once
         column = (ids == ids[:, count:]).to(torch.uint8).argmax(1, keepdim=True)
         extra = logits[:, count:].masked_fill(column < count, -torch.inf)
@@ -222,9 +282,9 @@ def _values(
     log_q, lse = normalise(torch.cat((logits, found.rest.unsqueeze(1)), dim=1))
     log_rest = joined(log_q[:, count], log_q[:, -1]) if stats else log_q[:, -1]
     if tail == "bucket":
-        divergence = bucket(log_q[:, :count], log_p, log_rest)
+        divergence = bucket(log_q[:, :count], numbers, log_rest)
     else:
-        divergence = {"drop": drop, "renormalize": renormalize}[tail](log_q[:, :count], log_p)
+        divergence = OF_TOKENS[tail](log_q[:, :count], numbers)
     if not stats:
         return [divergence]
     maximum, of_rest = found.stats.unbind(1)
@@ -239,11 +299,11 @@ def _values(
 
 def _check_tokens(tokens: _Tokens, hidden: Tensor) -> None:
     check_integers("token_ids", tokens.ids)
-    check_floating("token_logps", tokens.logps)
+    check_floating(tokens.name, tokens.numbers)
     shape = hidden.shape[:-1]
     if tokens.ids.dim() == 0 or tokens.ids.shape[:-1] != shape or tokens.ids.shape[-1] == 0:
         expected = f"shape ({', '.join(map(str, (*shape, 'K')))}), K at least 1"
         refuse("token_ids", expected, tuple(tokens.ids.shape))
-    check_shape("token_logps", tokens.logps, tokens.ids.shape, "like token_ids")
+    check_shape(tokens.name, tokens.numbers, tokens.ids.shape, "like token_ids")
     check_device("token_ids", tokens.ids, "student_hidden", hidden)
-    check_device("token_logps", tokens.logps, "student_hidden", hidden)
+    check_device(tokens.name, tokens.numbers, "student_hidden", hidden)

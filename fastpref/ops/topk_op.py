@@ -183,7 +183,7 @@ def _check_tokens(token_ids: Tensor, vocab_size: int) -> None:
     count = int(outside.sum())
     if count:
         raise ValueError(
-            f"token_ids: expected values in [0, {vocab_size}) where token_logps is above -inf, "
+            f"token_ids: expected values in [0, {vocab_size}) where a token is meant, "
             f"got {count} outside, the first of them {int(token_ids[outside][0])}"
         )
 

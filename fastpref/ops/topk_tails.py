@@ -32,6 +32,11 @@ def drop(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(1)
 
 
+def expectation(log_q: Tensor, values: Tensor) -> Tensor:
+    """Mean (n,) of values (n, K) under q, which are 0 for all other tokens."""
+    return (log_q.exp() * values).sum(1)
+
+
 def renormalize(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(p || q) (n,) given that it is one of the tokens; ``log_q`` may lack its normaliser."""
     nothing = log_p == -torch.inf
