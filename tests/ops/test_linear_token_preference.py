@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import formulas
 import pytest
 import torch
+from cases import DTYPES
 from counting import flops_of, peak_bytes_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,7 +58,7 @@ class Case(NamedTuple):
         return formulas.linear_token_preference(*models, labels, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
     models=two_heads(max_vocab=40),
     beta=st.sampled_from([0.1, 2.0]),
