@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, get_args
 
 import pyarrow.parquet
@@ -27,6 +28,7 @@ from fastpref.teacher import (
     load_teacher,
     precompute,
     read_rows,
+    shaping_columns,
     teacher_shaping,
 )
 from fastpref.teacher.actions import ActionReward
@@ -110,7 +112,10 @@ def precompute_and_measure(
             rewards.setdefault(name, []).append(sums.view(2, -1).T.cpu())
         besides.append(time.perf_counter() - began)
 
-    with timed("read_states") as body, timed("shape_batch", then=note_rewards) as head:
+    with (
+        timed(precompute, "read_states") as body,
+        timed(shaping_columns, "shape_batch", then=note_rewards) as head,
+    ):
         began = time.perf_counter()
         found = add_shaping(rows, model, tokenizer, file)
         seconds = time.perf_counter() - began - sum(besides)
@@ -132,9 +137,11 @@ def precompute_and_measure(
 
 
 @contextmanager
-def timed(function: str, then: Callable[..., None] | None = None) -> Iterator[list[float]]:
+def timed(
+    module: ModuleType, function: str, then: Callable[..., None] | None = None
+) -> Iterator[list[float]]:
     """Note how long each call of a step of the precompute takes; ``then`` gets its arguments."""
-    step: Callable[..., Any] = getattr(precompute, function)
+    step: Callable[..., Any] = getattr(module, function)
     seconds: list[float] = []
 
     def noting(*args: Any, **kwargs: Any) -> Any:
@@ -147,11 +154,11 @@ def timed(function: str, then: Callable[..., None] | None = None) -> Iterator[li
             then(*args, **kwargs)
         return result
 
-    setattr(precompute, function, noting)
+    setattr(module, function, noting)
     try:
         yield seconds
     finally:
-        setattr(precompute, function, step)
+        setattr(module, function, step)
 
 
 def table_5(states: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:

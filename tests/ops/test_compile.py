@@ -30,8 +30,9 @@ def batch(length: int, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(length, WIDTH, requires_grad=True), labels
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    ("trained", "options"), [(False, "plain"), *((True, one) for one in OPTIONS)]
+)
 def test_gradients_compile_twice_whatever_the_lengths(trained, options):
     """Once for the first length, once for any other."""
     weight = torch.randn(VOCAB, WIDTH, requires_grad=trained)

@@ -6,7 +6,7 @@ import formulas
 import pytest
 import torch
 from cases import DTYPES, Case, reference_logps, reference_logsumexp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from two_heads import EVERY, TwoHeads, hold, two_heads
 
@@ -41,9 +41,10 @@ def sign_is_clear(case: TwoHeads) -> bool:
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=60 if SOME is EVERY else 10)
 @given(
     case=two_heads(),
+    dtype=st.sampled_from(DTYPES),
     trained=st.booleans(),
     compact=st.booleans(),
     scratch_bytes=st.sampled_from([0, 4000, 10**7]),

@@ -56,7 +56,9 @@ def test_gradcheck(trained, scratch, softcap, name):
         options = {"temperature": 0.7, "stats": True, "scratch_bytes": scratch}
         return call(name, *tensors, softcap=softcap, **options)[:3]
 
-    assert torch.autograd.gradcheck(values, leaves(torch.float64, trained=trained))
+    # Along one random direction, since the property tests compare every number.
+    inputs = leaves(torch.float64, trained=trained)
+    assert torch.autograd.gradcheck(values, inputs, fast_mode=True)
 
 
 def arguments(kind: str, *, compact: bool, trained: bool) -> tuple[Any, ...]:

@@ -93,9 +93,10 @@ def test_ignored_rows_cost_nothing():
     assert flops_of(step(ignored=ROWS // 2)) == (T + 2 * S) / 2
 
 
-@pytest.mark.parametrize("ignored", [0, 16])
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("name", ["jsd", "advantage"])
+@pytest.mark.parametrize(
+    ("name", "trained", "ignored"),
+    [("jsd", False, 0), ("jsd", True, 16), ("advantage", True, 0), ("advantage", False, 16)],
+)
 def test_memory_is_two_blocks_and_flat(name, trained, ignored, monkeypatch):
     block, piece, tile = 2 * 16 * 4 * VOCAB, 4 * 4 * VOCAB, 2**17
     monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", block)  # of two heads and 16 rows

@@ -46,8 +46,9 @@ GIVEN = (
     "responses chosen ref_logps shaping oracle_rewards rewards student_rewards log_weights "
     "divergences advantages teacher_logps kl_log_ratios desirable"
 ).split()
+# Methods with a teacher that is not compared by the forward KL.
 OPEN_DIVERGENCE = ("gkd",)
-BY_TOKENS = ("dpkd_token",)  # others compare by the forward KL
+BY_TOKENS = ("dpkd_token",)
 
 
 @functools.cache
