@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastpref
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # One test: the model takes longer to load than anything else here.

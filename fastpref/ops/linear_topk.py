@@ -57,7 +57,7 @@ def linear_topk_divergence(
 
     ``"bucket"`` counts all other tokens as one, as `DCKD <https://arxiv.org/abs/2502.17927>`_ does.
     It never exceeds the KL over the whole vocabulary, and is 0 only where K tokens have the
-    teacher's probabilities. ``"drop"`` pays no regard to where the rest goes: it may be negative.
+    teacher's probabilities. ``"drop"`` ignores all other tokens: it may be negative.
 
     The gradient is the student's: the teacher's log-probabilities count as constants. Exact for any
     loss made of the values. Two matrix products with the head where only ``student_hidden`` needs a

@@ -201,7 +201,7 @@ def test_products(ignored):
             found = function(hidden, head, means, labels)  # noqa: B023  # called before the loop goes on
             return found if isinstance(found, torch.Tensor) else sum(found[:3])
 
-        assert flops_of(lambda: run().sum().backward()) == share * 2 * S  # noqa: B023  # likewise
+        assert flops_of(lambda: run().sum().backward()) == share * 2 * S  # noqa: B023  # called before the loop goes on
         with torch.no_grad():
             assert flops_of(run) == share * S
 
