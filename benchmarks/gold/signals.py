@@ -1,0 +1,81 @@
+"""What teacher, oracle and reference say of a response, and how well it tells good from bad."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_args
+
+import torch
+from models import Decoder, labels_of, responses_of
+from settings import Settings
+from torch import Tensor
+from world import World
+
+from fastpref import linear_logsumexp, sequence_rewards, teacher_shaping
+from fastpref.teacher import action_rewards
+from fastpref.teacher.actions import ActionReward
+from fastpref.teacher.shaping import Potential
+
+
+class Networks(NamedTuple):
+    """The models that students of one world have in common."""
+
+    reference: Decoder  # the student after SFT: what every method starts from
+    teacher_sft: Decoder  # the teacher before DPO
+    teacher: Decoder
+    oracle: Decoder  # with a reward head
+
+
+@torch.no_grad()
+def signals_of(
+    world: World, networks: Networks, sequences: Tensor, settings: Settings
+) -> dict[str, Tensor]:
+    """Hidden states (n, L, H) of models, and numbers (n,) of responses, by name; n is even."""
+    labels, policies = labels_of(sequences, world.prompt_length), networks._asdict()
+    oracle = policies.pop("oracle")
+    states = {f"{name}_states": model(sequences) for name, model in policies.items()}
+    logps = {
+        f"{name}_logps": responses_of(model, states[f"{name}_states"], labels).logps
+        for name, model in policies.items()
+    }
+    log_ratios = logps["teacher_logps"] - logps["teacher_sft_logps"]
+    of_teacher = states["teacher_states"], networks.teacher.head(), labels
+    return {
+        **states,
+        **logps,
+        **{name: teacher_shaping(*of_teacher, potential=name) for name in get_args(Potential)},
+        **{name: action_rewards(*of_teacher, reward=name) for name in get_args(ActionReward)},
+        # These three are logits of Bradley-Terry preferences. The running sum of the implicit
+        # reward is a potential of the prefix, 0 at the start: its shaping is the whole sum.
+        "implicit_reward": settings.teacher_beta * log_ratios,
+        "oracle_reward": sequence_rewards(oracle(sequences), labels, oracle.reward_head.weight),
+        "true_reward": (world.returns(sequences) / world.temperature).float(),
+    }
+
+
+def ranking(world: World, sequences: Tensor, signals: dict[str, Tensor]) -> dict[str, float]:
+    """The share of pairs (2B, L) whose truly better response a signal ranks first, by its name."""
+    first, second = world.returns(sequences).chunk(2)
+    found = {}
+    for name, values in signals.items():
+        if values.dim() == 1:
+            one, other = values.chunk(2)
+            found[name] = ((one > other) == (first > second)).double().mean().item()
+    return found
+
+
+@torch.no_grad()
+def value_correlation(
+    world: World, teacher: Decoder, sequences: Tensor, signals: dict[str, Tensor]
+) -> float:
+    """Of a teacher's logsumexp with the true soft value of the state, at the same position.
+
+    At the same one, since later states are worth less in any world. The last state is left out: its
+    true value is 0.
+    """
+    states = signals["teacher_states"][:, world.prompt_length - 1 : -1]
+    guesses = linear_logsumexp(states, teacher.head()).double()
+    values = world.soft_values(world.temperature)
+    places = world.states(sequences)[:, world.prompt_length : -1]
+    truths = values[torch.arange(world.length), places]
+    both = torch.stack([(each - each.mean(0)).flatten() for each in (guesses, truths)])
+    return torch.corrcoef(both)[0, 1].item()
