@@ -55,8 +55,10 @@ def gains_at(points: Points, start: float, kls: Sequence[float] | Numbers) -> Nu
 
 def interval(values: Numbers, seed: int = 0) -> tuple[Numbers, Numbers]:
     """95 % bootstrap interval of the mean over worlds (worlds, ...), the first dimension."""
-    picks = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975], axis=0)
+    count = len(values)
+    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
+    means = np.tensordot(draws / count, values, 1)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
     return low, high
 
 

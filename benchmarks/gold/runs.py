@@ -1,0 +1,156 @@
+"""The runs of one world, each in a JSON file of its own: what is there is not done again."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import METHODS
+from models import measure
+from settings import Settings, generator_of
+from signals import Networks, ranking, signals_of, value_correlation
+from train import new_networks, student_data, train_networks, train_student
+from world import World, sample_pairs
+
+TEMPERATURES = (100.0, 30.0, 20.0, 15.0, 10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.0)
+JUDGED = 2000  # fresh pairs
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known of a world before any student is trained."""
+
+    world: int
+    behaviour_return: float  # exact, as `best` is
+    best: list[tuple[float, float]]  # KL from the behaviour, and the most return that it buys
+    sft_return: float
+    sft_error: float  # standard errors, here and below
+    teacher_sft_return: float
+    teacher_return: float
+    teacher_kl: float  # from the teacher before DPO
+    value_correlation: float
+    value_correlation_before_dpo: float
+    ranking: dict[str, float]  # share of fresh pairs that a signal ranks as the true rewards do
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student by one method at one strength."""
+
+    world: int
+    method: str
+    strength: float
+    true_return: float
+    return_error: float
+    kl: float  # from the SFT student
+    kl_error: float
+    seconds: float
+
+
+def check_settings(folder: Path, settings: Settings) -> None:
+    """Note the settings of a folder's runs; refuse a folder that has runs of others."""
+    file, content = folder / "settings.json", json.dumps(asdict(settings), indent=1) + "\n"
+    if file.exists() and file.read_text("utf-8") != content:
+        raise SystemExit(f"{folder} has runs of other settings: choose another --folder")
+    write(file, content)
+
+
+def runs_of_world(
+    number: int, settings: Settings, methods: Sequence[str], folder: Path
+) -> Iterator[Start | Run]:
+    """The world's `Start` and then its runs, each as soon as it is finished and written."""
+    world, folder = settings.world(number), folder / f"world-{number}"
+    networks = networks_of_world(world, number, settings, folder)
+    file = folder / "start.json"
+    if not file.exists():
+        write(file, json.dumps(asdict(begin(world, number, settings, networks)), indent=1))
+    yield Start(**json.loads(file.read_text("utf-8")))
+    data = None
+    for name in methods:
+        for strength in METHODS[name].strengths:
+            file = folder / f"{slug(name)}-{strength:g}.json"
+            if not file.exists():
+                data = data or student_data(world, number, settings, networks)
+                began = time.perf_counter()
+                student = train_student(
+                    world, number, settings, networks, data, METHODS[name], strength
+                )
+                measured = measure(
+                    world,
+                    student,
+                    networks.reference,
+                    samples=settings.samples,
+                    generator=generator_of(number, 7),
+                )
+                seconds = time.perf_counter() - began
+                run = Run(number, name, strength, *measured, seconds)
+                write(file, json.dumps(asdict(run), indent=1))
+            yield Run(**json.loads(file.read_text("utf-8")))
+
+
+def networks_of_world(world: World, number: int, settings: Settings, folder: Path) -> Networks:
+    """The networks that all runs of a world share, trained once and kept."""
+    file = folder / "networks.pt"
+    if file.exists():
+        networks = new_networks(number, settings)
+        for network, state in zip(networks, torch.load(file), strict=True):
+            network.load_state_dict(state)
+            network.requires_grad_(False)
+        return networks
+    networks = train_networks(world, number, settings)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save([network.state_dict() for network in networks], file.with_suffix(".unfinished"))
+    file.with_suffix(".unfinished").rename(file)
+    return networks
+
+
+def begin(world: World, number: int, settings: Settings, networks: Networks) -> Start:
+    """Measure what every method starts from."""
+    began = time.perf_counter()
+    reference, teacher_sft, teacher, _ = networks
+    options: dict[str, Any] = {"samples": settings.samples}
+    before, teachers_before, after = (
+        measure(world, *models, **options, generator=generator_of(number, 7))
+        for models in (
+            (reference, reference),
+            (teacher_sft, teacher_sft),
+            (teacher, teacher_sft),
+        )
+    )
+    sequences = torch.cat(sample_pairs(world, JUDGED, generator_of(number, 8)))
+    signals = signals_of(world, networks, sequences, settings)
+    early = {"teacher_states": signals["teacher_sft_states"]}
+    return Start(
+        number,
+        world.mean_at_start(world.policy_values(world.behaviour())),
+        [world.best_for_kl(temperature) for temperature in TEMPERATURES],
+        before.true_return,
+        before.return_error,
+        teachers_before.true_return,
+        after.true_return,
+        after.kl,
+        value_correlation(world, teacher, sequences, signals),
+        value_correlation(world, teacher_sft, sequences, early),
+        ranking(world, sequences, signals),
+        time.perf_counter() - began,
+    )
+
+
+def slug(name: str) -> str:
+    """A method's name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a file as a whole: a killed process leaves the one before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(text, "utf-8")
+    unfinished.replace(file)
