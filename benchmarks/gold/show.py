@@ -57,10 +57,18 @@ def print_report(console: Console, file: Path) -> None:
     ):
         values = ", ".join(f"{start[name]:.2f}" for start in starts)
         console.print(f"{words}, world by world: {values}", highlight=False)
+    best = ", ".join(f"{most_gain(start, last):.1f}" for start in starts)
+    console.print(f"the most that {last:g} nats buy from the behaviour on: {best}", highlight=False)
 
 
 def _cell(mean: float, low: float, high: float) -> str:
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def most_gain(start: dict[str, Any], kl: float) -> float:
+    """What a policy that knows the world gains above the behaviour, with at most so many nats."""
+    kls, returns = np.array(start["best"]).T
+    return float(np.interp(kl, kls, returns)) - start["behaviour_return"]
 
 
 def plot(file: Path, image: Path) -> None:

@@ -83,28 +83,27 @@ def test_exact_values_are_those_of_all_responses():
     means = {"return": [], "kl": []}
     for prompt in every_prompt():
         sequences = every_response(world, prompt)
-        returns = torch.tensor([walk(world, one)[0] for one in sequences])
-        torch.testing.assert_close(world.returns(sequences).float(), returns)
+        returns = torch.tensor([walk(world, one)[0] for one in sequences], dtype=torch.float64)
+        torch.testing.assert_close(world.returns(sequences), returns)
         start = world.states(sequences)[0, world.prompt_length]
         p, q = (
             torch.tensor([probability(world, policy, one) for one in sequences])
             for policy in (behaviour, target)
         )
-        returns = returns.double()
-        torch.testing.assert_close(p, (returns / 0.7).softmax(0), rtol=1e-6, atol=0)
-        torch.testing.assert_close(q, (p.log() + returns / 0.4).softmax(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(p, (returns / 0.7).softmax(0), rtol=1e-9, atol=0)
+        torch.testing.assert_close(q, (p.log() + returns / 0.4).softmax(0), rtol=1e-9, atol=0)
         for values, expected in (
             (soft, 0.7 * (returns / 0.7).logsumexp(0)),
             (steered, 0.4 * (p.log() + returns / 0.4).logsumexp(0)),
             (world.policy_values(target), (q * returns).sum()),
             (kl, (q * (q / p).log()).sum()),
         ):
-            torch.testing.assert_close(values[0, start], expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(values[0, start], expected, rtol=1e-9, atol=1e-9)
         means["return"].append((q * returns).sum())
         means["kl"].append((q * (q / p).log()).sum())
     found_kl, found_return = world.best_for_kl(0.4)
-    assert found_kl == pytest.approx(torch.stack(means["kl"]).mean().item(), rel=1e-6)
-    assert found_return == pytest.approx(torch.stack(means["return"]).mean().item(), rel=1e-6)
+    assert found_kl == pytest.approx(torch.stack(means["kl"]).mean().item(), rel=1e-9)
+    assert found_return == pytest.approx(torch.stack(means["return"]).mean().item(), rel=1e-9)
 
 
 def test_labels_and_responses_are_as_frequent_as_they_should_be():
