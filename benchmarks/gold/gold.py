@@ -8,8 +8,11 @@ Every finished run is written at once: a comparison that was stopped resumes whe
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -29,16 +32,15 @@ from rich.progress import (  # noqa: E402
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
-from runs import Run, Start, check_settings, runs_of_world  # noqa: E402
+from runs import check_settings, files_of_world, finish_world, read_world  # noqa: E402
 from settings import Budget, Settings  # noqa: E402
 from show import plot, print_report  # noqa: E402
 
 AGAINST = "DPO"
-KLS = (0.5, 1.0, 2.0, 4.0)  # nats
-QUICK = Settings(
-    teacher_pairs=5000, sft=Budget(200, 200, 2e-3), teacher=Budget(100, 100, 5e-4), samples=2048
+KLS = (0.5, 1.0, 2.0, 4.0)  # nats, of the table
+QUICK_SETTINGS = Settings(
+    teacher_pairs=5000, sft=Budget(100, 100, 3e-3), teacher=Budget(50, 100, 5e-4)
 )
 QUICK_METHODS = ("DPO", "SimPO", "DCKD", "TVKD, value", "TVKD, implicit reward")
 QUICK_WORLDS = 2
@@ -48,14 +50,20 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    worlds: Annotated[int, typer.Option(min=1, help="How many worlds.")] = 5,
+    worlds: Annotated[int | None, typer.Option(min=1, help="How many: 5, or 2 if quick.")] = None,
     methods: Annotated[
         str | None,
-        typer.Option(metavar="NAME;NAME;...", help=f"By default all: {'; '.join(METHODS)}."),
+        typer.Option(
+            metavar="'NAME; NAME; ...'",
+            help=f"By default all of them: {'; '.join(METHODS)}. {AGAINST} is always there.",
+        ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two worlds, five methods and a smaller teacher.")
+        bool, typer.Option("--quick", help="A first look: few methods, and a lesser teacher.")
     ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Worlds at a time; by default as many as cores.")
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where finished runs are kept, one JSON file each.")
     ] = None,
@@ -65,84 +73,98 @@ def main(
     ] = None,
 ) -> None:
     """Train and measure what is missing, then print a table, write JSON and a plot."""
-    names = list(QUICK_METHODS if quick else METHODS)
-    if methods is not None:
-        names = [name.strip() for name in methods.split(";")]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise typer.BadParameter(f"no method {unknown[0]!r}; there are {'; '.join(METHODS)}")
-    if AGAINST not in names:
-        names.append(AGAINST)
     kind = "quick" if quick else "gold"
     folder = folder or HERE / "outputs" / kind
-    output = output or (folder if quick else HERE / "results") / f"{kind}.json"
     compare(
-        QUICK if quick else Settings(),
-        min(worlds, QUICK_WORLDS) if quick else worlds,
-        names,
+        QUICK_SETTINGS if quick else Settings(),
+        worlds or (QUICK_WORLDS if quick else 5),
+        parse_methods(methods) if methods else QUICK_METHODS if quick else tuple(METHODS),
         folder,
-        output,
+        output or (folder if quick else HERE / "results") / f"{kind}.json",
+        jobs=jobs or os.cpu_count() or 1,
     )
 
 
+def parse_methods(text: str) -> list[str]:
+    """The names of methods, without doubles and with the one that all are compared with."""
+    names = [name.strip() for name in text.split(";")]
+    for name in names:
+        if name not in METHODS:
+            raise typer.BadParameter(f"no method {name!r}; there are: {'; '.join(METHODS)}")
+    return list(dict.fromkeys([AGAINST, *names]))
+
+
 def compare(
-    settings: Settings, worlds: int, methods: Sequence[str], folder: Path, output: Path
+    settings: Settings,
+    worlds: int,
+    methods: Sequence[str],
+    folder: Path,
+    output: Path,
+    *,
+    jobs: int,
 ) -> None:
     """Everything after the command line."""
-    torch.set_num_threads(1)  # a second one gains nothing with models so small
     console = Console()
     check_settings(folder, settings)
-    starts, runs = finish(settings, worlds, methods, folder, console)
+    finish_worlds(settings, worlds, methods, folder, jobs, console)
+    starts, runs_of_worlds = zip(
+        *(read_world(world, methods, folder) for world in range(worlds)), strict=True
+    )
     points = {
-        method: [points_of(runs, method, world) for world in range(worlds)] for method in methods
+        method: [
+            [(run.kl, run.true_return) for run in runs if run.method == method]
+            for runs in runs_of_worlds
+        ]
+        for method in methods
     }
     gains = summarize(points, [start.sft_return for start in starts], KLS, against=AGAINST)
+    rows = [run for runs in runs_of_worlds for run in runs]
     report = describe_run() | {
         "settings": asdict(settings),
         "methods": {method: asdict(METHODS[method]) for method in methods},
         "against": AGAINST,
-        "minutes_of_training": sum(one.seconds for one in (*starts, *runs)) / 60,
+        "minutes_of_one_core": sum(one.seconds for one in (*starts, *rows)) / 60,
         "starts": [asdict(start) for start in starts],
         "gains": [asdict(gain) for gain in gains],
     }
-    write_json(output, report, runs)
+    write_json(output, report, rows)
     print_report(console, output)
     plot(output, output.with_suffix(".png"))
     console.print(f"Wrote {output} and {output.with_suffix('.png')}", soft_wrap=True)
 
 
-def finish(
-    settings: Settings, worlds: int, methods: Sequence[str], folder: Path, console: Console
-) -> tuple[list[Start], list[Run]]:
-    """Train what is missing, and show how far it is."""
-    starts: list[Start] = []
-    runs: list[Run] = []
-    total = worlds * (1 + sum(len(METHODS[method].strengths) for method in methods))
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total)
-        for world in range(worlds):
-            progress.update(task, description=f"world {world}: teacher")
-            for found in runs_of_world(world, settings, methods, folder):
-                if isinstance(found, Run):
-                    runs.append(found)
-                else:
-                    starts.append(found)
-                label = f"{found.method} {found.strength:g}" if isinstance(found, Run) else ""
-                progress.update(task, advance=1, description=f"world {world}: {label}")
-    return starts, runs
-
-
-def points_of(runs: Sequence[Run], method: str, world: int) -> list[tuple[float, float]]:
-    """KL and return of a method's students in a world."""
-    of_both = [run for run in runs if (run.method, run.world) == (method, world)]
-    return [(run.kl, run.true_return) for run in of_both]
+def finish_worlds(
+    settings: Settings,
+    worlds: int,
+    methods: Sequence[str],
+    folder: Path,
+    jobs: int,
+    console: Console,
+) -> None:
+    """Finish the worlds that lack a run, each in a process with one thread; show how far it is."""
+    files = [files_of_world(world, methods, folder) for world in range(worlds)]
+    unfinished = [
+        world for world in range(worlds) if not all(file.exists() for file in files[world])
+    ]
+    if not unfinished:
+        return
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn()
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(*columns, console=console) as progress,
+        ProcessPoolExecutor(
+            min(jobs, len(unfinished)), context, torch.set_num_threads, (1,)
+        ) as pool,
+    ):
+        task = progress.add_task("", total=sum(map(len, files)))
+        waiting = {
+            pool.submit(finish_world, world, settings, methods, folder) for world in unfinished
+        }
+        while waiting:
+            done, waiting = wait(waiting, timeout=1)
+            progress.update(task, completed=sum(f.exists() for each in files for f in each))
+            for future in done:
+                future.result()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from world import World
 
 from fastpref import Head, Responses, linear_divergence, linear_logps, sum_responses
 
-HEADS = 4  # of attention
+HEADS = 2  # of attention
 IGNORED = -100
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,43 +56,58 @@ class Run:
 
 def check_settings(folder: Path, settings: Settings) -> None:
     """Note the settings of a folder's runs; refuse a folder that has runs of others."""
-    file, content = folder / "settings.json", json.dumps(asdict(settings), indent=1) + "\n"
-    if file.exists() and file.read_text("utf-8") != content:
-        raise SystemExit(f"{folder} has runs of other settings: choose another --folder")
-    write(file, content)
-
-
-def runs_of_world(
-    number: int, settings: Settings, methods: Sequence[str], folder: Path
-) -> Iterator[Start | Run]:
-    """The world's `Start` and then its runs, each as soon as it is finished and written."""
-    world, folder = settings.world(number), folder / f"world-{number}"
-    networks = networks_of_world(world, number, settings, folder)
-    file = folder / "start.json"
+    file = folder / "settings.json"
     if not file.exists():
-        write(file, json.dumps(asdict(begin(world, number, settings, networks)), indent=1))
-    yield Start(**json.loads(file.read_text("utf-8")))
-    data = None
+        write(file, settings)
+    elif json.loads(file.read_text("utf-8")) != json.loads(json.dumps(asdict(settings))):
+        raise SystemExit(f"{folder} has runs of other settings: choose another --folder")
+
+
+def files_of_world(number: int, methods: Sequence[str], folder: Path) -> list[Path]:
+    """Where the world's `Start` is, and then its runs, if they are finished."""
+    folder = folder / f"world-{number}"
+    runs = [(name, strength) for name in methods for strength in METHODS[name].strengths]
+    return [folder / "start.json", *(run_file(folder, *run) for run in runs)]
+
+
+def run_file(folder: Path, method: str, strength: float) -> Path:
+    """Where a run of a world is."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', method.lower())}-{strength:g}.json"
+
+
+def read_world(number: int, methods: Sequence[str], folder: Path) -> tuple[Start, list[Run]]:
+    """What `finish_world` wrote."""
+    start, *runs = (
+        json.loads(file.read_text("utf-8")) for file in files_of_world(number, methods, folder)
+    )
+    return Start(**start), [Run(**run) for run in runs]
+
+
+def finish_world(number: int, settings: Settings, methods: Sequence[str], folder: Path) -> None:
+    """Train and measure what is missing of a world."""
+    world, folder = settings.world(number), folder / f"world-{number}"
+    began = time.perf_counter()
+    networks = networks_of_world(world, number, settings, folder)
+    if not (folder / "start.json").exists():
+        start = begin(world, number, settings, networks)
+        write(folder / "start.json", replace(start, seconds=time.perf_counter() - began))
+    data = student_data(world, number, settings, networks)
     for name in methods:
         for strength in METHODS[name].strengths:
-            file = folder / f"{slug(name)}-{strength:g}.json"
-            if not file.exists():
-                data = data or student_data(world, number, settings, networks)
-                began = time.perf_counter()
-                student = train_student(
-                    world, number, settings, networks, data, METHODS[name], strength
-                )
-                measured = measure(
-                    world,
-                    student,
-                    networks.reference,
-                    samples=settings.samples,
-                    generator=generator_of(number, 7),
-                )
-                seconds = time.perf_counter() - began
-                run = Run(number, name, strength, *measured, seconds)
-                write(file, json.dumps(asdict(run), indent=1))
-            yield Run(**json.loads(file.read_text("utf-8")))
+            file, began = run_file(folder, name, strength), time.perf_counter()
+            if file.exists():
+                continue
+            student = train_student(
+                world, number, settings, networks, data, METHODS[name], strength
+            )
+            measured = measure(
+                world,
+                student,
+                networks.reference,
+                samples=settings.samples,
+                generator=generator_of(number, 7),
+            )
+            write(file, Run(number, name, strength, *measured, time.perf_counter() - began))
 
 
 def networks_of_world(world: World, number: int, settings: Settings, folder: Path) -> Networks:
@@ -113,7 +128,6 @@ def networks_of_world(world: World, number: int, settings: Settings, folder: Pat
 
 def begin(world: World, number: int, settings: Settings, networks: Networks) -> Start:
     """Measure what every method starts from."""
-    began = time.perf_counter()
     reference, teacher_sft, teacher, _ = networks
     options: dict[str, Any] = {"samples": settings.samples}
     before, teachers_before, after = (
@@ -139,18 +153,13 @@ def begin(world: World, number: int, settings: Settings, networks: Networks) -> 
         value_correlation(world, teacher, sequences, signals),
         value_correlation(world, teacher_sft, sequences, early),
         ranking(world, sequences, signals),
-        time.perf_counter() - began,
+        seconds=0.0,
     )
 
 
-def slug(name: str) -> str:
-    """A method's name as a part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower())
-
-
-def write(file: Path, text: str) -> None:
-    """Replace a file as a whole: a killed process leaves the one before."""
+def write(file: Path, result: Any) -> None:
+    """Write a dataclass as a whole or not at all, whenever the process is killed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text, "utf-8")
+    unfinished.write_text(json.dumps(asdict(result), indent=1) + "\n", "utf-8")
     unfinished.replace(file)

@@ -24,7 +24,7 @@ class Settings:
     states: int = 12
     tokens: int = 24
     length: int = 10  # tokens of a response
-    prompt_length: int = 2
+    prompt_length: int = 1  # it leads to one of the states
     temperature: float = 3.0  # of behaviour and labels, in rewards
     teacher_layers: int = 3
     teacher_width: int = 96
@@ -32,11 +32,11 @@ class Settings:
     student_layers: int = 1
     student_width: int = 24
     pairs: int = 1000  # that a student learns from
-    samples: int = 4096  # responses that a model is measured on
+    samples: int = 2048  # responses that a model is measured on
     teacher_beta: float = 0.1  # of the teacher's DPO
-    sft: Budget = Budget(200, 400, 2e-3)  # two epochs
-    teacher: Budget = Budget(100, 400, 5e-4)  # two epochs, of DPO and of the oracle
-    student: Budget = Budget(50, 200, 1e-3)  # ten epochs, for every method
+    sft: Budget = Budget(100, 400, 3e-3)  # one epoch
+    teacher: Budget = Budget(50, 400, 5e-4)  # one epoch, of DPO and of the oracle
+    student: Budget = Budget(50, 100, 3e-3)  # five epochs, for every method
 
     def world(self, number: int) -> World:
         """A world by its number."""

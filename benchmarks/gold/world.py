@@ -134,7 +134,7 @@ def make_world(
     states: int = 12,
     tokens: int = 24,
     length: int = 10,
-    prompt_length: int = 2,
+    prompt_length: int = 1,
     temperature: float = 3.0,
 ) -> World:
     """A random automaton with standard normal rewards."""

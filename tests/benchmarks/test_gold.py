@@ -231,18 +231,21 @@ def test_it_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(runs, "train_student", note)
     monkeypatch.setattr(gold, "describe_run", dict)
-    folder, output = tmp_path / "runs", tmp_path / "results" / "gold.json"
-    gold.compare(SETTINGS, 2, ["DPO", "SFT"], folder, output)
-    first = json.loads(output.read_text("utf-8"))
-    assert len(trained) == len(first["rows"]) == 20 and len(first["starts"]) == 2
+    methods, folder, output = ["DPO", "SFT"], tmp_path / "runs", tmp_path / "gold.json"
+    for world in range(2):
+        runs.finish_world(world, SETTINGS, methods, folder)
+    assert len(trained) == 20
+    gold.compare(SETTINGS, 2, methods, folder, output, jobs=1)  # there is nothing left to train
+    report = json.loads(output.read_text("utf-8"))
+    assert len(report["rows"]) == 20 and len(report["starts"]) == 2
     assert output.with_suffix(".png").is_file()
     assert "above the SFT student's" in capsys.readouterr().out
 
-    removed = folder / "world-1" / "dpo-0.3.json"
-    old = json.loads(removed.read_text("utf-8"))
-    removed.unlink()
-    gold.compare(SETTINGS, 2, ["DPO", "SFT"], folder, output)
+    file = folder / "world-1" / "dpo-0.3.json"
+    removed = json.loads(file.read_text("utf-8"))
+    file.unlink()
+    runs.finish_world(1, SETTINGS, methods, folder)
     assert trained[20:] == [0.3]
-    assert old | {"seconds": 0} == json.loads(removed.read_text("utf-8")) | {"seconds": 0}
+    assert json.loads(file.read_text("utf-8")) | {"seconds": removed["seconds"]} == removed
     with pytest.raises(SystemExit, match="other settings"):
-        gold.compare(Settings(), 1, ["DPO"], folder, output)
+        gold.compare(Settings(), 1, methods, folder, output, jobs=1)
