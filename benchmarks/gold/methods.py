@@ -38,6 +38,11 @@ def _tvkd(shaping: str, **options: Any) -> Method:
     return Method("TVKD by its shaping", "tvkd", ("beta",), BETAS, options, signals=signals)
 
 
+def _ddpo(reward: str) -> Method:
+    signals = {"oracle_rewards": reward}
+    return Method("other models too", "edpo", ("beta",), BETAS, signals=signals)
+
+
 FORWARD_KL = {"kind": "forward_kl"}
 METHODS: dict[str, Method] = {
     "SFT": Method("pairs alone", "sft", (), SHARES_OF_STEPS, sides=("chosen",)),
@@ -51,7 +56,9 @@ METHODS: dict[str, Method] = {
     "TDPO": Method(
         "pairs alone", "tdpo", ("beta",), BETAS, divergence=FORWARD_KL, compared="reference"
     ),
-    "d-DPO": Method("other models too", "edpo", ("beta",), BETAS),
+    "d-DPO": _ddpo("oracle_reward"),
+    "d-DPO, implicit reward": _ddpo("implicit_reward"),
+    "d-DPO, true reward": _ddpo("true_reward"),
     "DRDO": Method("other models too", "drdo", ("alpha",), WEIGHTS, {"length_normalize": True}),
     "SeqKD": Method("other models too", "seqkd", (), SHARES_OF_STEPS, sides=("teacher",)),
     "VanillaKD": Method(

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ def finish_world(number: int, settings: Settings, methods: Sequence[str], folder
     began = time.perf_counter()
     networks = networks_of_world(world, number, settings, folder)
     if not (folder / "start.json").exists():
-        start = begin(world, number, settings, networks)
-        write(folder / "start.json", replace(start, seconds=time.perf_counter() - began))
+        start = begin(world, number, settings, networks, began)
+        write(folder / "start.json", start)
     data = student_data(world, number, settings, networks)
     for name in methods:
         for strength in METHODS[name].strengths:
@@ -126,7 +126,7 @@ def networks_of_world(world: World, number: int, settings: Settings, folder: Pat
     return networks
 
 
-def begin(world: World, number: int, settings: Settings, networks: Networks) -> Start:
+def begin(world: World, number: int, settings: Settings, networks: Networks, began: float) -> Start:
     """Measure what every method starts from."""
     reference, teacher_sft, teacher, _ = networks
     options: dict[str, Any] = {"samples": settings.samples}
@@ -153,7 +153,7 @@ def begin(world: World, number: int, settings: Settings, networks: Networks) -> 
         value_correlation(world, teacher, sequences, signals),
         value_correlation(world, teacher_sft, sequences, early),
         ranking(world, sequences, signals),
-        seconds=0.0,
+        time.perf_counter() - began,
     )
 
 

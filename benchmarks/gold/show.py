@@ -68,7 +68,8 @@ def _cell(mean: float, low: float, high: float) -> str:
 def most_gain(start: dict[str, Any], kl: float) -> float:
     """What a policy that knows the world gains above the behaviour, with at most so many nats."""
     kls, returns = np.array(start["best"]).T
-    return float(np.interp(kl, kls, returns)) - start["behaviour_return"]
+    behaviour: float = start["behaviour_return"]
+    return float(np.interp(kl, kls, returns)) - behaviour
 
 
 def plot(file: Path, image: Path) -> None:

@@ -50,7 +50,7 @@ def batches(rows: int, budget: Budget, generator: torch.Generator) -> Iterator[T
     """The rows of each step: one shuffled epoch after another."""
     wanted = budget.batch * budget.steps
     epochs = [torch.randperm(rows, generator=generator) for _ in range(-(-wanted // rows))]
-    return iter(torch.cat(epochs)[:wanted].split(budget.batch))
+    return iter(torch.cat(epochs)[:wanted].view(budget.steps, budget.batch))
 
 
 def train_networks(world: World, number: int, settings: Settings) -> Networks:
@@ -104,7 +104,7 @@ def train_dpo(
         return responses_of(reference, reference(sequences), labels).logps
 
     with torch.no_grad():
-        ref_logps = [torch.cat([*map(logps_of, side.split(CHUNK))]) for side in pairs]
+        ref_logps = [torch.cat([*map(logps_of, _chunks(side))]) for side in pairs]
 
     def loss_of(rows: Tensor) -> Tensor:
         sequences = torch.cat([side[rows] for side in pairs])
@@ -114,6 +114,10 @@ def train_dpo(
         return losses.dpo(responses, logps, beta=settings.teacher_beta).loss
 
     fit(model, loss_of, len(pairs.chosen), settings.teacher, generator)
+
+
+def _chunks(sequences: Tensor) -> tuple[Tensor, ...]:
+    return sequences.chunk(-(-len(sequences) // CHUNK))
 
 
 def train_oracle(
