@@ -106,10 +106,9 @@ def compare(
     """Everything after the command line."""
     console = Console()
     check_settings(folder, settings)
-    finish_worlds(settings, worlds, methods, folder, jobs, console)
-    starts, runs_of_worlds = zip(
-        *(read_world(world, methods, folder) for world in range(worlds)), strict=True
-    )
+    files = [files_of_world(world, settings, methods, folder) for world in range(worlds)]
+    finish_worlds(settings, methods, folder, files, jobs, console)
+    starts, runs_of_worlds = zip(*map(read_world, files), strict=True)
     points = {
         method: [
             [(run.kl, run.true_return) for run in runs if run.method == method]
@@ -135,31 +134,24 @@ def compare(
 
 def finish_worlds(
     settings: Settings,
-    worlds: int,
     methods: Sequence[str],
     folder: Path,
+    files: Sequence[Sequence[Path]],  # of each world
     jobs: int,
     console: Console,
 ) -> None:
     """Finish the worlds that lack a run, each in a process with one thread; show how far it is."""
-    files = [files_of_world(world, methods, folder) for world in range(worlds)]
-    unfinished = [
-        world for world in range(worlds) if not all(file.exists() for file in files[world])
-    ]
-    if not unfinished:
+    missing = [world for world, each in enumerate(files) if not all(f.exists() for f in each)]
+    if not missing:
         return
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn()
     context = multiprocessing.get_context("spawn")
     with (
         Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(
-            min(jobs, len(unfinished)), context, torch.set_num_threads, (1,)
-        ) as pool,
+        ProcessPoolExecutor(min(jobs, len(missing)), context, torch.set_num_threads, (1,)) as pool,
     ):
         task = progress.add_task("", total=sum(map(len, files)))
-        waiting = {
-            pool.submit(finish_world, world, settings, methods, folder) for world in unfinished
-        }
+        waiting = {pool.submit(finish_world, world, settings, methods, folder) for world in missing}
         while waiting:
             done, waiting = wait(waiting, timeout=1)
             progress.update(task, completed=sum(f.exists() for each in files for f in each))

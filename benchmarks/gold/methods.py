@@ -11,10 +11,10 @@ Side = Literal["chosen", "rejected", "teacher", "student"]  # the last two: who 
 
 # Every method has as many strengths. What compares means per token has the betas of sums times 10,
 # the number of tokens.
-BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-BETAS_PER_TOKEN = (0.1, 0.3, 1.0, 3.0, 10.0)
-WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
-SHARES_OF_STEPS = (0.05, 0.1, 0.3, 0.6, 1.0)
+BETAS = (0.01, 0.1, 0.3, 1.0)
+BETAS_PER_TOKEN = (0.1, 1.0, 3.0, 10.0)
+WEIGHTS = (0.3, 1.0, 3.0, 10.0)
+SHARES_OF_STEPS = (0.1, 0.3, 0.6, 1.0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from methods import METHODS
@@ -42,11 +42,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Run:
-    """A student by one method at one strength."""
+    """A student by one method, at one strength and learning rate."""
 
     world: int
     method: str
     strength: float
+    rate: float  # of learning
     true_return: float
     return_error: float
     kl: float  # from the SFT student
@@ -63,23 +64,40 @@ def check_settings(folder: Path, settings: Settings) -> None:
         raise SystemExit(f"{folder} has runs of other settings: choose another --folder")
 
 
-def files_of_world(number: int, methods: Sequence[str], folder: Path) -> list[Path]:
+class Plan(NamedTuple):
+    """What a run does differently from the others of its world."""
+
+    method: str
+    strength: float
+    rate: float  # of learning
+
+    def file(self, folder: Path) -> Path:
+        """Where the finished run is, in the folder of its world."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.method.lower())
+        return folder / f"{name}-{self.strength:g}-rate-{self.rate:g}.json"
+
+
+def plans(settings: Settings, methods: Sequence[str]) -> list[Plan]:
+    """All runs of a world."""
+    return [
+        Plan(name, strength, rate)
+        for name in methods
+        for strength in METHODS[name].strengths
+        for rate in settings.student_rates
+    ]
+
+
+def files_of_world(
+    number: int, settings: Settings, methods: Sequence[str], folder: Path
+) -> list[Path]:
     """Where the world's `Start` is, and then its runs, if they are finished."""
     folder = folder / f"world-{number}"
-    runs = [(name, strength) for name in methods for strength in METHODS[name].strengths]
-    return [folder / "start.json", *(run_file(folder, *run) for run in runs)]
+    return [folder / "start.json", *(plan.file(folder) for plan in plans(settings, methods))]
 
 
-def run_file(folder: Path, method: str, strength: float) -> Path:
-    """Where a run of a world is."""
-    return folder / f"{re.sub(r'[^a-z0-9]+', '-', method.lower())}-{strength:g}.json"
-
-
-def read_world(number: int, methods: Sequence[str], folder: Path) -> tuple[Start, list[Run]]:
+def read_world(files: Sequence[Path]) -> tuple[Start, list[Run]]:
     """What `finish_world` wrote."""
-    start, *runs = (
-        json.loads(file.read_text("utf-8")) for file in files_of_world(number, methods, folder)
-    )
+    start, *runs = (json.loads(file.read_text("utf-8")) for file in files)
     return Start(**start), [Run(**run) for run in runs]
 
 
@@ -92,22 +110,20 @@ def finish_world(number: int, settings: Settings, methods: Sequence[str], folder
         start = begin(world, number, settings, networks, began)
         write(folder / "start.json", start)
     data = student_data(world, number, settings, networks)
-    for name in methods:
-        for strength in METHODS[name].strengths:
-            file, began = run_file(folder, name, strength), time.perf_counter()
-            if file.exists():
-                continue
-            student = train_student(
-                world, number, settings, networks, data, METHODS[name], strength
-            )
-            measured = measure(
-                world,
-                student,
-                networks.reference,
-                samples=settings.samples,
-                generator=generator_of(number, 7),
-            )
-            write(file, Run(number, name, strength, *measured, time.perf_counter() - began))
+    for plan in plans(settings, methods):
+        file, began = plan.file(folder), time.perf_counter()
+        if file.exists():
+            continue
+        method, strength, rate = METHODS[plan.method], plan.strength, plan.rate
+        student = train_student(world, number, settings, networks, data, method, strength, rate)
+        measured = measure(
+            world,
+            student,
+            networks.reference,
+            samples=settings.samples,
+            generator=generator_of(number, 7),
+        )
+        write(file, Run(number, *plan, *measured, time.perf_counter() - began))
 
 
 def networks_of_world(world: World, number: int, settings: Settings, folder: Path) -> Networks:

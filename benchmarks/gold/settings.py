@@ -36,7 +36,9 @@ class Settings:
     teacher_beta: float = 0.1  # of the teacher's DPO
     sft: Budget = Budget(100, 400, 3e-3)  # one epoch
     teacher: Budget = Budget(50, 400, 5e-4)  # one epoch, of DPO and of the oracle
-    student: Budget = Budget(50, 100, 3e-3)  # five epochs, for every method
+    student_batch: int = 50  # pairs, the same for every method, as the next two
+    student_steps: int = 100  # five epochs
+    student_rates: tuple[float, ...] = (3e-3, 1e-2)  # every strength is trained with each
 
     def world(self, number: int) -> World:
         """A world by its number."""

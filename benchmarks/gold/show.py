@@ -14,7 +14,7 @@ import numpy as np
 from frontier import gains_at, interval
 from matplotlib import pyplot
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 GRID = np.linspace(0, 6, 121)  # nats
 MARKERS = "osDP^vX*h<>"
@@ -28,7 +28,7 @@ def print_report(console: Console, file: Path) -> None:
     last = kls[-1]
     against = report["against"]
     table = Table(
-        "method",
+        Column("method", no_wrap=True),
         *(f"≤ {kl:g} nats" for kl in kls),
         f"ahead of {against}\n≤ {last:g} nats",
         title=f"True return above the SFT student's: mean of {len(starts)} worlds, 95 % interval",
@@ -62,7 +62,7 @@ def print_report(console: Console, file: Path) -> None:
 
 
 def _cell(mean: float, low: float, high: float) -> str:
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{mean:.2f}\n{low:.2f} to {high:.2f}"
 
 
 def most_gain(start: dict[str, Any], kl: float) -> float:
@@ -89,7 +89,8 @@ def plot(file: Path, image: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("true return above the SFT student's")
     figure.suptitle(
-        f"Frontiers, means of {len(report['starts'])} worlds; band: 95 % interval of the mean"
+        f"Frontiers, means of {len(report['starts'])} worlds; band: 95 % interval of the mean; "
+        "dotted: further than the method was pushed in some world"
     )
     figure.tight_layout()
     figure.savefig(image, dpi=130)
@@ -98,19 +99,26 @@ def plot(file: Path, image: Path) -> None:
 
 def _panel(axis: Any, report: dict[str, Any], methods: Sequence[str]) -> None:
     for place, method in enumerate(methods):
-        curves = np.array([_curve(report, start, method) for start in report["starts"]])
+        points = [_points(report, start, method) for start in report["starts"]]
+        curves = np.array(
+            [
+                gains_at(each, start["sft_return"], GRID)
+                for each, start in zip(points, report["starts"], strict=True)
+            ]
+        )
         mean, (low, high) = curves.mean(0), interval(curves)
+        reached = GRID <= min(max(kl for kl, _ in each) for each in points)
         color = "black" if method == report["against"] else f"C{place - 1}"
-        style = {"color": color, "marker": MARKERS[place], "markevery": (4 * place, 40)}
-        axis.plot(GRID, mean, label=method, **style)
+        marker = {"marker": MARKERS[place], "markevery": (4 * place, 40)}
+        axis.plot(GRID[reached], mean[reached], color=color, label=method, **marker)
+        axis.plot(GRID[~reached], mean[~reached], color=color, linestyle=":")
         axis.fill_between(GRID, low, high, color=color, alpha=0.12, linewidth=0)
     axis.legend(fontsize=8)
 
 
-def _curve(report: dict[str, Any], start: dict[str, Any], method: str) -> Any:
-    points = [
+def _points(report: dict[str, Any], start: dict[str, Any], method: str) -> list[Any]:
+    return [
         (row["kl"], row["true_return"])
         for row in report["rows"]
         if (row["world"], row["method"]) == (start["world"], method)
     ]
-    return gains_at(points, start["sft_return"], GRID)

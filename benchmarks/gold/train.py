@@ -160,13 +160,15 @@ def train_student(
     data: Data,
     method: Method,
     strength: float,
+    rate: float,
 ) -> Decoder:
     """A student by one method; without a strength of its own it stops after a share of the steps.
 
     Every method starts from the same student and sees the same rows in the same order.
     """
     student, generator = copy.deepcopy(networks.reference), generator_of(number, 6)
-    budget, options = settings.student, {**method.options, **dict.fromkeys(method.swept, strength)}
+    options = {**method.options, **dict.fromkeys(method.swept, strength)}
+    budget = Budget(settings.student_batch, settings.student_steps, rate)
     if not method.swept:
         budget = budget._replace(steps=max(1, round(strength * budget.steps)))
 

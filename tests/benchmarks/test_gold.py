@@ -35,7 +35,9 @@ SETTINGS = Settings(
     samples=64,
     sft=Budget(4, 2, 1e-3),
     teacher=Budget(4, 2, 1e-3),
-    student=Budget(4, 2, 1e-3),
+    student_batch=4,
+    student_steps=2,
+    student_rates=(1e-3, 3e-3),
 )
 
 
@@ -190,7 +192,7 @@ def test_every_method_trains(name, trained):
     world, networks, data = trained
     method = METHODS[name]
     assert len(method.strengths) == len(METHODS["DPO"].strengths)
-    student = train_student(world, 0, SETTINGS, networks, data, method, method.strengths[-1])
+    student = train_student(world, 0, SETTINGS, networks, data, method, method.strengths[-1], 1e-3)
     changes = [
         (one - other).abs().max().item()
         for one, other in zip(student.parameters(), networks.reference.parameters(), strict=True)
@@ -226,7 +228,7 @@ def test_it_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     trained = []
 
     def note(*arguments):
-        trained.append(arguments[-1])
+        trained.append(arguments[-2:])
         return train_student(*arguments)
 
     monkeypatch.setattr(runs, "train_student", note)
@@ -234,18 +236,18 @@ def test_it_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     methods, folder, output = ["DPO", "SFT"], tmp_path / "runs", tmp_path / "gold.json"
     for world in range(2):
         runs.finish_world(world, SETTINGS, methods, folder)
-    assert len(trained) == 20
+    assert len(trained) == 32
     gold.compare(SETTINGS, 2, methods, folder, output, jobs=1)  # there is nothing left to train
     report = json.loads(output.read_text("utf-8"))
-    assert len(report["rows"]) == 20 and len(report["starts"]) == 2
+    assert len(report["rows"]) == 32 and len(report["starts"]) == 2
     assert output.with_suffix(".png").is_file()
     assert "above the SFT student's" in capsys.readouterr().out
 
-    file = folder / "world-1" / "dpo-0.3.json"
+    file = folder / "world-1" / "dpo-0.3-rate-0.003.json"
     removed = json.loads(file.read_text("utf-8"))
     file.unlink()
     runs.finish_world(1, SETTINGS, methods, folder)
-    assert trained[20:] == [0.3]
+    assert trained[32:] == [(0.3, 3e-3)]
     assert json.loads(file.read_text("utf-8")) | {"seconds": removed["seconds"]} == removed
     with pytest.raises(SystemExit, match="other settings"):
         gold.compare(Settings(), 1, methods, folder, output, jobs=1)
