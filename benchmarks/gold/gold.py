@@ -104,6 +104,7 @@ def compare(
     jobs: int,
 ) -> None:
     """Everything after the command line."""
+    torch.set_num_threads(1)  # as in the processes of the worlds
     console = Console()
     check_settings(folder, settings)
     files = [files_of_world(world, settings, methods, folder) for world in range(worlds)]
