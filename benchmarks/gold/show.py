@@ -79,7 +79,7 @@ def plot(file: Path, image: Path) -> None:
     for method, options in report["methods"].items():
         groups.setdefault(options["group"], []).append(method)
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(5.4 * len(groups), 5), sharey=True, squeeze=False
+        1, len(groups), figsize=(5.4 * len(groups), 6), sharey=True, squeeze=False
     )
     for axis, (group, methods) in zip(axes[0], groups.items(), strict=True):
         _panel(axis, report, [*dict.fromkeys([report["against"], *methods])])
@@ -89,7 +89,7 @@ def plot(file: Path, image: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("true return above the SFT student's")
     figure.suptitle(
-        f"Frontiers, means of {len(report['starts'])} worlds; band: 95 % interval of the mean; "
+        f"Means of {len(report['starts'])} worlds; band: their 95 % interval; "
         "dotted: further than the method was pushed in some world"
     )
     figure.tight_layout()
@@ -113,7 +113,7 @@ def _panel(axis: Any, report: dict[str, Any], methods: Sequence[str]) -> None:
         axis.plot(GRID[reached], mean[reached], color=color, label=method, **marker)
         axis.plot(GRID[~reached], mean[~reached], color=color, linestyle=":")
         axis.fill_between(GRID, low, high, color=color, alpha=0.12, linewidth=0)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
 
 
 def _points(report: dict[str, Any], start: dict[str, Any], method: str) -> list[Any]:
