@@ -105,6 +105,7 @@ METHODS: dict[str, Method] = {
     "TVKD, logp": _tvkd("logp"),
     "TVKD, implicit reward": _tvkd("implicit_reward"),
     "TVKD, true reward": _tvkd("true_reward"),
+    "TVKD, random": _tvkd("random"),  # a control: it knows nothing
     "TVKD, value, alpha 10": _tvkd("value", alpha=10.0),
     "TVKD, implicit reward, alpha 10": _tvkd("implicit_reward", alpha=10.0),
 }

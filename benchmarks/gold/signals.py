@@ -37,6 +37,7 @@ def signals_of(
         f"{name}_logps": responses_of(model, states[f"{name}_states"], labels).logps
         for name, model in policies.items()
     }
+    seeded = torch.Generator().manual_seed(int(sequences.sum()))  # other responses, other numbers
     log_ratios = logps["teacher_logps"] - logps["teacher_sft_logps"]
     of_teacher = states["teacher_states"], networks.teacher.head(), labels
     return {
@@ -44,11 +45,12 @@ def signals_of(
         **logps,
         **{name: teacher_shaping(*of_teacher, potential=name) for name in get_args(Potential)},
         **{name: action_rewards(*of_teacher, reward=name) for name in get_args(ActionReward)},
-        # These three are logits of Bradley-Terry preferences. The running sum of the implicit
+        # The next three are logits of Bradley-Terry preferences. The running sum of the implicit
         # reward is a potential of the prefix, 0 at the start: its shaping is the whole sum.
         "implicit_reward": settings.teacher_beta * log_ratios,
         "oracle_reward": sequence_rewards(oracle(sequences), labels, oracle.reward_head.weight),
         "true_reward": (world.returns(sequences) / world.temperature).float(),
+        "random": torch.randn(len(sequences), generator=seeded),
     }
 
 
