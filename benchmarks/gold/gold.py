@@ -2,6 +2,7 @@
 
 python benchmarks/gold/gold.py --quick  # a first look
 python benchmarks/gold/gold.py
+python benchmarks/gold/gold.py shaping  # and sizes, drdo
 
 Every finished run is written at once: a comparison that was stopped resumes where it was.
 """
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # of report.py, which the benchmarks share
@@ -23,7 +26,7 @@ sys.path.append(str(HERE.parent))  # of report.py, which the benchmarks share
 import torch  # noqa: E402
 import typer  # noqa: E402
 from frontier import summarize  # noqa: E402
-from methods import METHODS  # noqa: E402
+from methods import Method  # noqa: E402
 from report import describe_run, write_json  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import (  # noqa: E402
@@ -33,30 +36,37 @@ from rich.progress import (  # noqa: E402
     TextColumn,
     TimeElapsedColumn,
 )
-from runs import check_settings, files_of_world, finish_world, read_world  # noqa: E402
-from settings import Budget, Settings  # noqa: E402
+from runs import Run, Start, check_settings, files_of_world, finish_world, read_world  # noqa: E402
+from settings import Settings  # noqa: E402
 from show import plot, print_report  # noqa: E402
+from tables import AGAINST, QUICK_SIZES, SIZES, TABLES  # noqa: E402
 
-AGAINST = "DPO"
-KLS = (0.5, 1.0, 2.0, 4.0)  # nats, of the table
-QUICK_SETTINGS = Settings(
-    teacher_pairs=5000, sft=Budget(100, 100, 3e-3), teacher=Budget(50, 100, 5e-4)
-)
-QUICK_METHODS = ("DPO", "SimPO", "DCKD", "TVKD, value", "TVKD, implicit reward")
-QUICK_WORLDS = 2
+WORLDS, QUICK_WORLDS = 5, 2
+TableName = Enum("TableName", {name: name for name in TABLES}, type=str)  # choices of the command
+FIRST = TableName("methods")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+class Work(NamedTuple):
+    """One world in one size."""
+
+    world: int
+    size: str
+    settings: Settings
+    methods: Mapping[str, Method]
+    folder: Path  # of the size
+
+    def files(self) -> list[Path]:
+        """What is there when the work is done."""
+        return files_of_world(self.world, self.settings, self.methods, self.folder)
+
+
 @app.command()
 def main(
-    worlds: Annotated[int | None, typer.Option(min=1, help="How many: 5, or 2 if quick.")] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            metavar="'NAME; NAME; ...'",
-            help=f"By default all of them: {'; '.join(METHODS)}. {AGAINST} is always there.",
-        ),
+    table: Annotated[TableName, typer.Argument(help="What is compared.")] = FIRST,
+    worlds: Annotated[
+        int | None, typer.Option(min=1, help=f"How many: {WORLDS}, or {QUICK_WORLDS} if quick.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: few methods, and a lesser teacher.")
@@ -73,31 +83,27 @@ def main(
     ] = None,
 ) -> None:
     """Train and measure what is missing, then print a table, write JSON and a plot."""
-    kind = "quick" if quick else "gold"
-    folder = folder or HERE / "outputs" / kind
+    plan = TABLES[table.value]
+    methods = {name: plan.methods[name] for name in plan.quick} if quick else plan.methods
+    folder = folder or HERE / "outputs" / ("quick" if quick else "runs")
+    results = folder if quick else HERE / "results"
+    sizes = QUICK_SIZES if quick else SIZES
     compare(
-        QUICK_SETTINGS if quick else Settings(),
-        worlds or (QUICK_WORLDS if quick else 5),
-        parse_methods(methods) if methods else QUICK_METHODS if quick else tuple(METHODS),
+        {size: sizes[size] for size in plan.sizes},
+        worlds or (QUICK_WORLDS if quick else WORLDS),
+        methods,
+        plan.kls,
         folder,
-        output or (folder if quick else HERE / "results") / f"{kind}.json",
+        output or results / f"{table.value}.json",
         jobs=jobs or os.cpu_count() or 1,
     )
 
 
-def parse_methods(text: str) -> list[str]:
-    """The names of methods, without doubles and with the one that all are compared with."""
-    names = [name.strip() for name in text.split(";")]
-    for name in names:
-        if name not in METHODS:
-            raise typer.BadParameter(f"no method {name!r}; there are: {'; '.join(METHODS)}")
-    return list(dict.fromkeys([AGAINST, *names]))
-
-
 def compare(
-    settings: Settings,
+    sizes: Mapping[str, Settings],
     worlds: int,
-    methods: Sequence[str],
+    methods: Mapping[str, Method],
+    kls: Sequence[float],
     folder: Path,
     output: Path,
     *,
@@ -106,26 +112,23 @@ def compare(
     """Everything after the command line."""
     torch.set_num_threads(1)  # as in the processes of the worlds
     console = Console()
-    check_settings(folder, settings)
-    files = [files_of_world(world, settings, methods, folder) for world in range(worlds)]
-    finish_worlds(settings, methods, folder, files, jobs, console)
-    starts, runs_of_worlds = zip(*map(read_world, files), strict=True)
-    points = {
-        method: [
-            [(run.kl, run.true_return) for run in runs if run.method == method]
-            for runs in runs_of_worlds
-        ]
-        for method in methods
-    }
-    gains = summarize(points, [start.sft_return for start in starts], KLS, against=AGAINST)
+    works = []
+    for size, settings in sizes.items():
+        of_size = folder / re.sub(r"[^a-z0-9]+", "-", size)
+        check_settings(of_size, settings)
+        works += [Work(world, size, settings, methods, of_size) for world in range(worlds)]
+    finish(works, jobs, console)
+    starts, runs_of_worlds = zip(*(read_world(work.files()) for work in works), strict=True)
     rows = [run for runs in runs_of_worlds for run in runs]
     report = describe_run() | {
-        "settings": asdict(settings),
-        "methods": {method: asdict(METHODS[method]) for method in methods},
+        "sizes": {size: asdict(settings) for size, settings in sizes.items()},
+        "methods": {name: asdict(method) for name, method in methods.items()},
         "against": AGAINST,
         "minutes_of_one_core": sum(one.seconds for one in (*starts, *rows)) / 60,
         "starts": [asdict(start) for start in starts],
-        "gains": [asdict(gain) for gain in gains],
+        "gains": [
+            row for size in sizes for row in gains_of_size(size, starts, runs_of_worlds, kls)
+        ],
     }
     write_json(output, report, rows)
     print_report(console, output)
@@ -133,16 +136,35 @@ def compare(
     console.print(f"Wrote {output} and {output.with_suffix('.png')}", soft_wrap=True)
 
 
-def finish_worlds(
-    settings: Settings,
-    methods: Sequence[str],
-    folder: Path,
-    files: Sequence[Sequence[Path]],  # of each world
-    jobs: int,
-    console: Console,
-) -> None:
+def gains_of_size(
+    size: str,
+    starts: Sequence[Start],
+    runs_of_worlds: Sequence[Sequence[Run]],
+    kls: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Every method's gains in one size."""
+    worlds = [
+        (start.sft_return, runs)
+        for start, runs in zip(starts, runs_of_worlds, strict=True)
+        if start.size == size
+    ]
+    points: dict[str, list[list[tuple[float, float]]]] = {}
+    for name in dict.fromkeys(run.method for run in worlds[0][1]):
+        points[name] = [
+            [(run.kl, run.true_return) for run in runs if run.method == name] for _, runs in worlds
+        ]
+    gains = summarize(points, [start for start, _ in worlds], kls, against=AGAINST)
+    return [{"size": size, **asdict(gain)} for gain in gains]
+
+
+def finish(works: Sequence[Work], jobs: int, console: Console) -> None:
     """Finish the worlds that lack a run, each in a process with one thread; show how far it is."""
-    missing = [world for world, each in enumerate(files) if not all(f.exists() for f in each)]
+    files = [work.files() for work in works]
+    missing = [
+        work
+        for work, each in zip(works, files, strict=True)
+        if not all(file.exists() for file in each)
+    ]
     if not missing:
         return
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn()
@@ -152,7 +174,7 @@ def finish_worlds(
         ProcessPoolExecutor(min(jobs, len(missing)), context, torch.set_num_threads, (1,)) as pool,
     ):
         task = progress.add_task("", total=sum(map(len, files)))
-        waiting = {pool.submit(finish_world, world, settings, methods, folder) for world in missing}
+        waiting = {pool.submit(finish_world, *work) for work in missing}
         while waiting:
             done, waiting = wait(waiting, timeout=1)
             progress.update(task, completed=sum(f.exists() for each in files for f in each))

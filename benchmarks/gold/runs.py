@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from methods import METHODS
-from models import measure
+from methods import Method
+from models import Decoder, labels_of, measure, responses_of
 from settings import Settings, generator_of
 from signals import Networks, ranking, signals_of, value_correlation
+from torch import Tensor
 from train import new_networks, student_data, train_networks, train_student
 from world import World, sample_pairs
+
+from fastpref import sequence_rewards
 
 TEMPERATURES = (100.0, 30.0, 20.0, 15.0, 10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.0)
 JUDGED = 2000  # fresh pairs
@@ -26,6 +29,7 @@ JUDGED = 2000  # fresh pairs
 class Start:
     """What is known of a world before any student is trained."""
 
+    size: str  # of teacher and student
     world: int
     behaviour_return: float  # exact, as `best` is
     best: list[tuple[float, float]]  # KL from the behaviour, and the most return that it buys
@@ -44,6 +48,7 @@ class Start:
 class Run:
     """A student by one method, at one strength and learning rate."""
 
+    size: str
     world: int
     method: str
     strength: float
@@ -52,6 +57,9 @@ class Run:
     return_error: float
     kl: float  # from the SFT student
     kl_error: float
+    # Shares of fresh pairs whose truly better response is ranked first.
+    margin_accuracy: float  # by the log-ratio of the student to the SFT student
+    reward_accuracy: float | None  # by the student's reward head, where it has learned
     seconds: float
 
 
@@ -77,18 +85,18 @@ class Plan(NamedTuple):
         return folder / f"{name}-{self.strength:g}-rate-{self.rate:g}.json"
 
 
-def plans(settings: Settings, methods: Sequence[str]) -> list[Plan]:
+def plans(settings: Settings, methods: Mapping[str, Method]) -> list[Plan]:
     """All runs of a world."""
     return [
         Plan(name, strength, rate)
-        for name in methods
-        for strength in METHODS[name].strengths
+        for name, method in methods.items()
+        for strength in method.strengths
         for rate in settings.student_rates
     ]
 
 
 def files_of_world(
-    number: int, settings: Settings, methods: Sequence[str], folder: Path
+    number: int, settings: Settings, methods: Mapping[str, Method], folder: Path
 ) -> list[Path]:
     """Where the world's `Start` is, and then its runs, if they are finished."""
     folder = folder / f"world-{number}"
@@ -101,20 +109,22 @@ def read_world(files: Sequence[Path]) -> tuple[Start, list[Run]]:
     return Start(**start), [Run(**run) for run in runs]
 
 
-def finish_world(number: int, settings: Settings, methods: Sequence[str], folder: Path) -> None:
+def finish_world(
+    number: int, size: str, settings: Settings, methods: Mapping[str, Method], folder: Path
+) -> None:
     """Train and measure what is missing of a world."""
     world, folder = settings.world(number), folder / f"world-{number}"
     began = time.perf_counter()
     networks = networks_of_world(world, number, settings, folder)
+    judged = torch.cat(sample_pairs(world, JUDGED, generator_of(number, 8)))
     if not (folder / "start.json").exists():
-        start = begin(world, number, settings, networks, began)
-        write(folder / "start.json", start)
+        write(folder / "start.json", begin(world, number, size, settings, networks, judged, began))
     data = student_data(world, number, settings, networks)
     for plan in plans(settings, methods):
         file, began = plan.file(folder), time.perf_counter()
         if file.exists():
             continue
-        method, strength, rate = METHODS[plan.method], plan.strength, plan.rate
+        method, strength, rate = methods[plan.method], plan.strength, plan.rate
         student = train_student(world, number, settings, networks, data, method, strength, rate)
         measured = measure(
             world,
@@ -123,7 +133,23 @@ def finish_world(number: int, settings: Settings, methods: Sequence[str], folder
             samples=settings.samples,
             generator=generator_of(number, 7),
         )
-        write(file, Run(number, *plan, *measured, time.perf_counter() - began))
+        by_margin, by_reward = accuracies(world, student, networks.reference, judged)
+        by_reward = by_reward if method.loss == "drdo" else None
+        seconds = time.perf_counter() - began
+        write(file, Run(size, number, *plan, *measured, by_margin, by_reward, seconds))
+
+
+@torch.no_grad()
+def accuracies(
+    world: World, student: Decoder, reference: Decoder, sequences: Tensor
+) -> tuple[float, float | None]:
+    """How a student ranks pairs (2B, L): by its log-ratios, and by its reward head."""
+    labels, hidden = labels_of(sequences, world.prompt_length), student(sequences)
+    logps = responses_of(student, hidden, labels).logps
+    margins = logps - responses_of(reference, reference(sequences), labels).logps
+    rewards = sequence_rewards(hidden, labels, student.reward_head.weight)
+    found = ranking(world, sequences, {"margins": margins, "rewards": rewards})
+    return found["margins"], found["rewards"]
 
 
 def networks_of_world(world: World, number: int, settings: Settings, folder: Path) -> Networks:
@@ -142,9 +168,17 @@ def networks_of_world(world: World, number: int, settings: Settings, folder: Pat
     return networks
 
 
-def begin(world: World, number: int, settings: Settings, networks: Networks, began: float) -> Start:
+def begin(
+    world: World,
+    number: int,
+    size: str,
+    settings: Settings,
+    networks: Networks,
+    judged: Tensor,  # (2B, L)
+    began: float,
+) -> Start:
     """Measure what every method starts from."""
-    reference, teacher_sft, teacher, _ = networks
+    reference, teacher_sft, teacher, *_ = networks
     options: dict[str, Any] = {"samples": settings.samples}
     before, teachers_before, after = (
         measure(world, *models, **options, generator=generator_of(number, 7))
@@ -154,10 +188,10 @@ def begin(world: World, number: int, settings: Settings, networks: Networks, beg
             (teacher, teacher_sft),
         )
     )
-    sequences = torch.cat(sample_pairs(world, JUDGED, generator_of(number, 8)))
-    signals = signals_of(world, networks, sequences, settings)
+    signals = signals_of(world, networks, judged, settings)
     early = {"teacher_states": signals["teacher_sft_states"]}
     return Start(
+        size,
         number,
         world.mean_at_start(world.policy_values(world.behaviour())),
         [world.best_for_kl(temperature) for temperature in TEMPERATURES],
@@ -166,9 +200,9 @@ def begin(world: World, number: int, settings: Settings, networks: Networks, beg
         teachers_before.true_return,
         after.true_return,
         after.kl,
-        value_correlation(world, teacher, sequences, signals),
-        value_correlation(world, teacher_sft, sequences, early),
-        ranking(world, sequences, signals),
+        value_correlation(world, teacher, judged, signals),
+        value_correlation(world, teacher_sft, judged, early),
+        ranking(world, judged, signals),
         time.perf_counter() - began,
     )
 

@@ -13,7 +13,7 @@ from world import World
 from fastpref import linear_logsumexp, sequence_rewards, teacher_shaping
 from fastpref.teacher import action_rewards
 from fastpref.teacher.actions import ActionReward
-from fastpref.teacher.shaping import Potential
+from fastpref.teacher.shaping import POTENTIALS
 
 
 class Networks(NamedTuple):
@@ -22,7 +22,8 @@ class Networks(NamedTuple):
     reference: Decoder  # the student after SFT: what every method starts from
     teacher_sft: Decoder  # the teacher before DPO
     teacher: Decoder
-    oracle: Decoder  # with a reward head
+    oracle: Decoder  # as large as the teacher, with a reward head
+    small_oracle: Decoder  # as large as the student
 
 
 @torch.no_grad()
@@ -31,25 +32,33 @@ def signals_of(
 ) -> dict[str, Tensor]:
     """Hidden states (n, L, H) of models, and numbers (n,) of responses, by name; n is even."""
     labels, policies = labels_of(sequences, world.prompt_length), networks._asdict()
-    oracle = policies.pop("oracle")
+    oracles = [policies.pop(name) for name in ("oracle", "small_oracle")]
+    oracle, small_oracle = (
+        sequence_rewards(each(sequences), labels, each.reward_head.weight) for each in oracles
+    )
     states = {f"{name}_states": model(sequences) for name, model in policies.items()}
     logps = {
         f"{name}_logps": responses_of(model, states[f"{name}_states"], labels).logps
         for name, model in policies.items()
     }
     seeded = torch.Generator().manual_seed(int(sequences.sum()))  # other responses, other numbers
+    noise = torch.randn(len(sequences), generator=seeded)
+    true = (world.returns(sequences) / world.temperature).float()
     log_ratios = logps["teacher_logps"] - logps["teacher_sft_logps"]
     of_teacher = states["teacher_states"], networks.teacher.head(), labels
     return {
         **states,
         **logps,
-        **{name: teacher_shaping(*of_teacher, potential=name) for name in get_args(Potential)},
+        **{name: teacher_shaping(*of_teacher, potential=name) for name in POTENTIALS},
         **{name: action_rewards(*of_teacher, reward=name) for name in get_args(ActionReward)},
-        # The next three are logits of Bradley-Terry preferences. The running sum of the implicit
+        # The next ones are logits of Bradley-Terry preferences. The running sum of the implicit
         # reward is a potential of the prefix, 0 at the start: its shaping is the whole sum.
         "implicit_reward": settings.teacher_beta * log_ratios,
-        "oracle_reward": sequence_rewards(oracle(sequences), labels, oracle.reward_head.weight),
-        "true_reward": (world.returns(sequences) / world.temperature).float(),
+        "oracle_reward": oracle,
+        "small_oracle_reward": small_oracle,
+        "true_reward": true,
+        "true_reward_noise_1": true + noise,
+        "true_reward_noise_3": true + 3 * noise,
         "random": torch.randn(len(sequences), generator=seeded),
     }
 

@@ -17,6 +17,7 @@ from fastpref import (
     Responses,
     linear_divergence,
     linear_stats,
+    linear_token_preference,
     losses,
     sequence_rewards,
     sum_responses,
@@ -58,17 +59,30 @@ def batch_loss(
 
 
 def _signal(argument: str, usual: str) -> Callable[[Batch], Tensor]:
-    return lambda batch: batch.signals[batch.method.signals.get(argument, usual)]
+    return lambda batch: batch.signals[str(batch.method.signals.get(argument, usual))]
+
+
+def _oracle_rewards(batch: Batch) -> Tensor:
+    name = batch.method.signals.get("oracle_rewards", "oracle_reward")
+    if name == "student_reward":
+        return _student_rewards(batch).detach()
+    if isinstance(name, str):
+        return batch.signals[name]
+    return torch.stack([batch.signals[each] for each in name])
 
 
 def _divergences(batch: Batch, rows: slice = slice(None)) -> Tensor:
     """(S,) sums over responses."""
     compared, options = batch.method.compared, dict(batch.method.divergence)
-    if options["kind"] == "advantage":
+    compare: Callable[..., Tensor] = linear_divergence
+    if options["kind"] == "token_preference":
+        del options["kind"]
+        compare = linear_token_preference
+    elif options["kind"] == "advantage":
         options["reference_hidden"] = batch.signals["teacher_sft_states"][rows, :-1]
         options["reference_head"] = batch.networks.teacher_sft.head()
     labels = batch.labels[rows]
-    divergences = linear_divergence(
+    divergences = compare(
         batch.hidden[rows, :-1],
         batch.student.head(),
         batch.signals[f"{compared}_states"][rows, :-1],
@@ -123,7 +137,7 @@ READ: dict[str, Callable[[Batch], Tensor]] = {  # by the argument of a loss
     "ref_logps": _signal("ref_logps", "reference_logps"),
     "teacher_logps": _signal("teacher_logps", "teacher_logps"),
     "shaping": _signal("shaping", "value"),
-    "oracle_rewards": _signal("oracle_rewards", "oracle_reward"),
+    "oracle_rewards": _oracle_rewards,
     "student_rewards": _student_rewards,
     "divergences": _divergences,
     "advantages": _advantages,

@@ -19,6 +19,7 @@ from fastpref import losses, sequence_rewards
 
 # Tensors of 1000 pairs by who wrote the response: `signals_of` and the "sequences".
 Data = dict[str, dict[str, Tensor]]
+ORDERS = 100  # the purpose of random numbers from here on: orders of batches
 CHUNK = 4000  # sequences that a model reads at once where nothing trains
 
 
@@ -56,13 +57,18 @@ def batches(rows: int, budget: Budget, generator: torch.Generator) -> Iterator[T
 def train_networks(world: World, number: int, settings: Settings) -> Networks:
     """SFT of student and teacher on the behaviour's text, then the teacher's DPO and the oracle."""
     pairs = sample_pairs(world, settings.teacher_pairs, generator_of(number, 0))
-    student, teacher, _, _ = networks = new_networks(number, settings)
+    student, teacher_sft, teacher, oracle, small_oracle = networks = new_networks(number, settings)
     train_sft(student, pairs, settings, generator_of(number, 1))
-    train_sft(teacher, pairs, settings, generator_of(number, 2))
-    for other in networks[2:]:
-        other.load_state_dict(teacher.state_dict())
-    train_dpo(networks.teacher, networks.teacher_sft, pairs, settings, generator_of(number, 3))
-    train_oracle(networks.oracle, pairs, settings, generator_of(number, 4))
+    train_sft(teacher_sft, pairs, settings, generator_of(number, 2))
+    for copy_of_sft, source in (
+        (teacher, teacher_sft),
+        (oracle, teacher_sft),
+        (small_oracle, student),
+    ):
+        copy_of_sft.load_state_dict(source.state_dict())
+    train_dpo(teacher, teacher_sft, pairs, settings, generator_of(number, 3))
+    for each in (oracle, small_oracle):
+        train_oracle(each, pairs, settings, generator_of(number, 4))
     return networks
 
 
@@ -70,12 +76,10 @@ def new_networks(number: int, settings: Settings) -> Networks:
     """Networks of the right shapes, untrained."""
     torch.manual_seed(number)
     length = settings.prompt_length + settings.length
-    teachers = [
-        Decoder(settings.tokens, length, settings.teacher_layers, settings.teacher_width)
-        for _ in range(3)
-    ]
-    student = Decoder(settings.tokens, length, settings.student_layers, settings.student_width)
-    return Networks(student, *teachers)
+    student = settings.student_layers, settings.student_width
+    teacher = settings.teacher_layers, settings.teacher_width
+    sizes = Networks(student, teacher, teacher, teacher, student)
+    return Networks(*(Decoder(settings.tokens, length, *size) for size in sizes))
 
 
 def train_sft(model: Decoder, pairs: Pairs, settings: Settings, generator: torch.Generator) -> None:
@@ -166,8 +170,14 @@ def train_student(
 
     Every method starts from the same student and sees the same rows in the same order.
     """
-    student, generator = copy.deepcopy(networks.reference), generator_of(number, 6)
+    student = copy.deepcopy(networks.reference)
+    generator = generator_of(number, ORDERS + method.order)
+    data = data if method.labels_right is None else relabelled(world, number, data, method)
     options = {**method.options, **dict.fromkeys(method.swept, strength)}
+    if method.shaping_gap is not None:
+        name = str(method.signals["shaping"])
+        gaps = data["chosen"][name] - data["rejected"][name]
+        options["alpha"] = method.shaping_gap / gaps.std().item()
     budget = Budget(settings.student_batch, settings.student_steps, rate)
     if not method.swept:
         budget = budget._replace(steps=max(1, round(strength * budget.steps)))
@@ -184,3 +194,20 @@ def train_student(
 
     fit(student, loss_of, settings.pairs, budget, generator)
     return student
+
+
+def relabelled(world: World, number: int, data: Data, method: Method) -> Data:
+    """The pairs with labels that are right, by the true rewards, with a probability."""
+    chosen, rejected = (world.returns(data[side]["sequences"]) for side in ("chosen", "rejected"))
+    draws = torch.rand(len(chosen), generator=generator_of(number, 9))
+    swap = (chosen > rejected) != (draws < method.labels_right)
+
+    def pick(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(swap.view(-1, *[1] * (one.dim() - 1)), one, other)
+
+    sides = data["rejected"], data["chosen"]
+    return {
+        **data,
+        "chosen": {name: pick(sides[0][name], sides[1][name]) for name in sides[0]},
+        "rejected": {name: pick(sides[1][name], sides[0][name]) for name in sides[0]},
+    }
