@@ -9,6 +9,7 @@ Every finished run is written at once: a comparison that was stopped resumes whe
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -16,7 +17,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +27,7 @@ import torch  # noqa: E402
 import typer  # noqa: E402
 from frontier import summarize  # noqa: E402
 from methods import Method  # noqa: E402
+from plot import plot  # noqa: E402
 from report import describe_run, write_json  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import (  # noqa: E402
@@ -38,12 +39,10 @@ from rich.progress import (  # noqa: E402
 )
 from runs import Run, Start, check_settings, files_of_world, finish_world, read_world  # noqa: E402
 from settings import Settings  # noqa: E402
-from show import plot, print_report  # noqa: E402
-from tables import AGAINST, QUICK_SIZES, SIZES, TABLES  # noqa: E402
+from show import tables  # noqa: E402
+from tables import AGAINST, QUICK_SIZES, SIZES, TABLES, TableName  # noqa: E402
 
 WORLDS, QUICK_WORLDS = 5, 2
-TableName = Enum("TableName", {name: name for name in TABLES}, type=str)  # choices of the command
-FIRST = TableName("methods")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -64,7 +63,7 @@ class Work(NamedTuple):
 
 @app.command()
 def main(
-    table: Annotated[TableName, typer.Argument(help="What is compared.")] = FIRST,
+    table: Annotated[TableName, typer.Argument(help="What is compared.")] = "methods",
     worlds: Annotated[
         int | None, typer.Option(min=1, help=f"How many: {WORLDS}, or {QUICK_WORLDS} if quick.")
     ] = None,
@@ -83,7 +82,7 @@ def main(
     ] = None,
 ) -> None:
     """Train and measure what is missing, then print a table, write JSON and a plot."""
-    plan = TABLES[table.value]
+    plan = TABLES[table]
     methods = {name: plan.methods[name] for name in plan.quick} if quick else plan.methods
     folder = folder or HERE / "outputs" / ("quick" if quick else "runs")
     results = folder if quick else HERE / "results"
@@ -94,7 +93,7 @@ def main(
         methods,
         plan.kls,
         folder,
-        output or results / f"{table.value}.json",
+        output or results / f"{table}.json",
         jobs=jobs or os.cpu_count() or 1,
     )
 
@@ -131,8 +130,9 @@ def compare(
         ],
     }
     write_json(output, report, rows)
-    print_report(console, output)
-    plot(output, output.with_suffix(".png"))
+    found = json.loads(output.read_text("utf-8"))
+    print(tables(found))
+    plot(found, output.with_suffix(".png"))
     console.print(f"Wrote {output} and {output.with_suffix('.png')}", soft_wrap=True)
 
 

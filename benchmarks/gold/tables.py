@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from methods import DPO, DRDO, METHODS, Method, tvkd
 from settings import Budget, Settings
@@ -109,7 +110,8 @@ OF_SIZES = (
     "TVKD, value",
     "TVKD, implicit reward, alpha 10",
 )
-TABLES: dict[str, Table] = {
+TableName = Literal["methods", "shaping", "sizes", "drdo"]
+TABLES: dict[TableName, Table] = {
     "methods": Table(
         METHODS,
         ("DPO", "SimPO", "DCKD", "TVKD, value", "TVKD, implicit reward"),

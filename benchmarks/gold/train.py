@@ -78,8 +78,8 @@ def new_networks(number: int, settings: Settings) -> Networks:
     length = settings.prompt_length + settings.length
     student = settings.student_layers, settings.student_width
     teacher = settings.teacher_layers, settings.teacher_width
-    sizes = Networks(student, teacher, teacher, teacher, student)
-    return Networks(*(Decoder(settings.tokens, length, *size) for size in sizes))
+    sizes = student, teacher, teacher, teacher, student  # in the order of `Networks`
+    return Networks(*[Decoder(settings.tokens, length, *size) for size in sizes])
 
 
 def train_sft(model: Decoder, pairs: Pairs, settings: Settings, generator: torch.Generator) -> None:
@@ -172,7 +172,8 @@ def train_student(
     """
     student = copy.deepcopy(networks.reference)
     generator = generator_of(number, ORDERS + method.order)
-    data = data if method.labels_right is None else relabelled(world, number, data, method)
+    if method.labels_right is not None:
+        data = relabelled(world, number, data, method.labels_right)
     options = {**method.options, **dict.fromkeys(method.swept, strength)}
     if method.shaping_gap is not None:
         name = str(method.signals["shaping"])
@@ -196,11 +197,11 @@ def train_student(
     return student
 
 
-def relabelled(world: World, number: int, data: Data, method: Method) -> Data:
-    """The pairs with labels that are right, by the true rewards, with a probability."""
+def relabelled(world: World, number: int, data: Data, right: float) -> Data:
+    """The pairs with labels that agree with the true rewards with a probability."""
     chosen, rejected = (world.returns(data[side]["sequences"]) for side in ("chosen", "rejected"))
     draws = torch.rand(len(chosen), generator=generator_of(number, 9))
-    swap = (chosen > rejected) != (draws < method.labels_right)
+    swap = (chosen > rejected) != (draws < right)
 
     def pick(one: Tensor, other: Tensor) -> Tensor:
         return torch.where(swap.view(-1, *[1] * (one.dim() - 1)), one, other)

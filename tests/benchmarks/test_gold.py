@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,16 @@ sys.path.insert(0, str(GOLD))  # its scripts import one another
 
 import frontier  # noqa: E402
 import gold  # noqa: E402
+import plot  # noqa: E402
 import runs  # noqa: E402
+import train  # noqa: E402
 from methods import METHODS  # noqa: E402
 from models import Decoder, labels_of, measure  # noqa: E402
 from settings import Budget, Settings, generator_of  # noqa: E402
+from show import tables  # noqa: E402
 from step import batch_loss  # noqa: E402
-from train import student_data, train_networks, train_student  # noqa: E402
+from tables import TABLES  # noqa: E402
+from train import relabelled, student_data, train_networks, train_student  # noqa: E402
 from world import make_world, sample_pairs  # noqa: E402
 
 TINY = {"states": 3, "tokens": 3, "length": 3, "prompt_length": 2}
@@ -187,11 +192,14 @@ def trained():
     return world, networks, student_data(world, 0, SETTINGS, networks)
 
 
-@pytest.mark.parametrize("name", METHODS)
+EVERY = {name: method for table in TABLES.values() for name, method in table.methods.items()}
+TRAINED = (*METHODS, "implicit reward, gaps 5", "DRDO, no preference term", "DRDO, sums")
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_method_trains(name, trained):
     world, networks, data = trained
-    method = METHODS[name]
-    assert len(method.strengths) == len(METHODS["DPO"].strengths)
+    method = EVERY[name]
     student = train_student(world, 0, SETTINGS, networks, data, method, method.strengths[-1], 1e-3)
     changes = [
         (one - other).abs().max().item()
@@ -208,11 +216,11 @@ def test_losses_read_the_right_signals(trained):
 
     def loss(name, **options):
         arguments = (networks.reference, networks, sequences, tensors, world)
-        return batch_loss(METHODS[name], options, *arguments).item()
+        return batch_loss(EVERY[name], options, *arguments).item()
 
     assert loss("DPO", beta=0.3) == pytest.approx(np.log(2), rel=1e-6)  # nothing has moved yet
     true = (world.returns(sequences) / world.temperature).view(2, -1)
-    assert loss("TVKD, true reward") == pytest.approx(
+    assert loss("true reward, gaps 1.5") == pytest.approx(
         torch.nn.functional.softplus(true[0] - true[1]).mean().item(), rel=1e-5
     )
     labels = labels_of(sequences, world.prompt_length)
@@ -224,6 +232,84 @@ def test_losses_read_the_right_signals(trained):
     torch.testing.assert_close(tensors["implicit_reward"], implicit, rtol=1e-3, atol=1e-6)
 
 
+def test_methods_of_a_panel_have_as_many_strengths():
+    for table in TABLES.values():
+        groups = {}
+        for method in table.methods.values():
+            groups.setdefault(method.group, set()).add(len(method.strengths))
+        budgets = {
+            group: sizes - {len(METHODS["DPO"].strengths)} for group, sizes in groups.items()
+        }
+        # Where gamma is swept over labels each has two strengths, and DPO beside them four.
+        assert all(
+            left <= {2} if "labels" in group else not left for group, left in budgets.items()
+        )
+        assert set(table.quick) <= set(table.methods) and "DPO" in table.quick
+
+
+def test_runs_have_files_of_their_own():
+    files = [plan.file(Path()) for plan in runs.plans(SETTINGS, EVERY)]
+    assert len(set(files)) == len(files)
+    for table in TABLES.values():  # the same name is the same run, in whatever panel it is drawn
+        for name, method in table.methods.items():
+            assert replace(EVERY[name], group=method.group) == method
+
+
+def test_shaping_is_scaled_to_its_gap(trained, monkeypatch):
+    world, networks, data = trained
+    seen = []
+
+    def note(method, options, *rest):
+        seen.append(options["alpha"])
+        return batch_loss(method, options, *rest)
+
+    monkeypatch.setattr(train, "batch_loss", note)
+    method = EVERY["true reward, gaps 5"]
+    train_student(world, 0, SETTINGS, networks, data, method, 0.1, 1e-3)
+    returns = [world.returns(data[side]["sequences"]) for side in ("chosen", "rejected")]
+    gaps = seen[0] * (returns[0] - returns[1]) / world.temperature
+    assert gaps.std().item() == pytest.approx(5.0, rel=1e-5)
+
+
+def test_labels_anew_are_right_as_often_as_asked():
+    world, generator = SETTINGS.world(0), generator_of(0, 5)
+    pairs = sample_pairs(world, 4000, generator)
+    data = {side: {"sequences": sequences} for side, sequences in pairs._asdict().items()}
+    for right in (1.0, 0.75, 0.5):
+        found = relabelled(world, 0, data, right)
+        chosen, rejected = (found[side]["sequences"] for side in ("chosen", "rejected"))
+        gaps = world.returns(chosen) - world.returns(rejected)
+        share = (gaps > 0)[gaps != 0].double().mean().item()
+        assert share == pytest.approx(right, abs=4 * (right * (1 - right) / 3000) ** 0.5)
+        both = torch.cat([chosen, rejected], 1).sort(1).values  # no response is lost
+        assert torch.equal(both, torch.cat(pairs, 1).sort(1).values)
+
+
+def test_drdo_without_reward_distillation_leaves_the_reward_head(trained):
+    world, networks, data = trained
+    method = EVERY["DRDO, no reward distillation"]
+    student = train_student(world, 0, SETTINGS, networks, data, method, 1.0, 1e-3)
+    before = networks.reference.reward_head.weight
+    assert torch.equal(student.reward_head.weight, before)
+    student = train_student(world, 0, SETTINGS, networks, data, EVERY["DRDO"], 1.0, 1e-3)
+    assert not torch.equal(student.reward_head.weight, before)
+
+
+def test_students_are_judged_by_their_log_ratios(trained):
+    world, networks, _ = trained
+    sequences = torch.cat(sample_pairs(world, 50, generator_of(0, 8)))
+    margin, reward = runs.accuracies(world, networks.teacher, networks.teacher_sft, sequences)
+    labels = labels_of(sequences, world.prompt_length)[:, 1:, None]
+    logps = [
+        model.lm_head(model(sequences)[:, 1:-1]).double().log_softmax(-1).gather(2, labels).sum(1)
+        for model in (networks.teacher, networks.teacher_sft)
+    ]
+    first, second = (logps[0] - logps[1]).flatten().chunk(2)
+    true = world.returns(sequences).chunk(2)
+    assert margin == pytest.approx(((first > second) == (true[0] > true[1])).double().mean().item())
+    assert 0 <= reward <= 1
+
+
 def test_it_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     trained = []
 
@@ -233,21 +319,25 @@ def test_it_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(runs, "train_student", note)
     monkeypatch.setattr(gold, "describe_run", dict)
-    methods, folder, output = ["DPO", "SFT"], tmp_path / "runs", tmp_path / "gold.json"
+    methods = {name: METHODS[name] for name in ("DPO", "SFT")}
+    folder, output = tmp_path / "runs", tmp_path / "gold.json"
     for world in range(2):
-        runs.finish_world(world, SETTINGS, methods, folder)
+        runs.finish_world(world, "tiny", SETTINGS, methods, folder / "tiny")
     assert len(trained) == 32
-    gold.compare(SETTINGS, 2, methods, folder, output, jobs=1)  # there is nothing left to train
+    rest = 2, methods, (1.0, 2.0), folder, output
+    gold.compare({"tiny": SETTINGS}, *rest, jobs=1)  # there is nothing left to train
     report = json.loads(output.read_text("utf-8"))
     assert len(report["rows"]) == 32 and len(report["starts"]) == 2
     assert output.with_suffix(".png").is_file()
-    assert "above the SFT student's" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert tables(report) in printed and "| DPO |" in printed
+    assert [panel.methods for panel in plot.panels(report)] == [["DPO", "SFT"]]
 
-    file = folder / "world-1" / "dpo-0.3-rate-0.003.json"
+    file = folder / "tiny" / "world-1" / "dpo-0.3-rate-0.003.json"
     removed = json.loads(file.read_text("utf-8"))
     file.unlink()
-    runs.finish_world(1, SETTINGS, methods, folder)
+    runs.finish_world(1, "tiny", SETTINGS, methods, folder / "tiny")
     assert trained[32:] == [(0.3, 3e-3)]
     assert json.loads(file.read_text("utf-8")) | {"seconds": removed["seconds"]} == removed
     with pytest.raises(SystemExit, match="other settings"):
-        gold.compare(Settings(), 1, methods, folder, output, jobs=1)
+        gold.compare({"tiny": Settings()}, *rest, jobs=1)
