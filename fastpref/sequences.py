@@ -111,6 +111,22 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return sums.to(values.dtype)
 
 
+def running_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sum of all earlier numbers of the same sequence, for (2B, T) or packed (N,) numbers."""
+    if cu_seqlens is None:
+        return pad(values[..., :-1].cumsum(-1), (1, 0))
+    count = values.shape[0]
+    position = torch.arange(count, device=values.device)
+    position = position - cu_seqlens[sequence_of_position(count, cu_seqlens)]
+    # Not one cumsum less that of the boundary: NaN or infinity would reach all later sequences.
+    found = torch.where(position > 0, values.roll(1), 0)
+    step = 1  # how many numbers are in each sum; those that overlap no other sequence's
+    while step < count:
+        found = found + torch.where(position >= step, found.roll(step), 0)
+        step *= 2
+    return found
+
+
 def last_position(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Where ``mask`` (2B, T) or packed (N,) is last True, (2B,), counted along the last dimension.
 
