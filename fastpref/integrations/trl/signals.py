@@ -98,8 +98,9 @@ def signals_of(
         del sides["teacher_model"]
     signals: dict[str, Signal] = {}
     readers: dict[str, Reader] = {}
-    # Columns have it already, where there is no teacher.
-    implicit = args.reads_implicit_reward() and models["teacher_model"][0] is not None
+    beside: list[str] = []  # what is read for a signal of the teacher's
+    if args.reads_implicit_reward() and models["teacher_model"][0] is not None:
+        beside = ["teacher_ref_model"]
     for argument, (model, tokenizer) in models.items():
         wanted = {
             name: (signal, ask)
@@ -114,13 +115,12 @@ def signals_of(
                 expected = f"a model, which the student is compared with {reason}"
                 columns = " (or, for the forward KL, columns of `fastpref kd-cache`)"
                 refuse(argument, expected + columns * (argument == "teacher_model"), None)
-            if implicit and argument == "teacher_ref_model":
+            if argument in beside:
                 before = "a model, the teacher before it was aligned"
                 refuse(argument, f"{before}, with potential 'implicit_reward'", None)
             signals |= {name: signal for name, (signal, _) in wanted.items()}
             continue
-        joins = implicit and argument == "teacher_ref_model"
-        if not wanted and not joins and argument not in sides:
+        if not wanted and argument not in [*sides, *beside]:
             reason = f"the loss reads nothing of it (method={args.method!r}, alpha={args.alpha})"
             refuse(argument, f"None, since {reason}", type(model).__name__)
         loaded = load_frozen(argument, model, tokenizer)
@@ -156,6 +156,8 @@ def _ask_for_shaping(args: PreferenceConfig, signal: Signal, readers: Readers, _
     options = args.shaping_options()
     reader = readers[signal.argument]
     reference = readers["teacher_ref_model"] if args.reads_implicit_reward() else None
+    if reference is not None and reference.model is reader.model:
+        refuse(reference.argument, "another model than the teacher", "the teacher itself")
 
     def of_states(states: Tensor, head: Head, labels: Tensor) -> Tensor:
         return teacher_shaping(states, head, labels, **options)
