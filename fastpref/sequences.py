@@ -112,17 +112,19 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def running_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The sum of all earlier numbers of the same sequence, for (2B, T) or packed (N,) numbers."""
-    if cu_seqlens is None:
-        return pad(values[..., :-1].cumsum(-1), (1, 0))
-    count = values.shape[0]
+    """The sum of all earlier numbers of the same sequence, for (2B, T) or packed (N,) numbers.
+
+    By doubling: a cumsum, which on GPUs may differ from run to run, would carry NaN and infinity
+    of packed sequences into later ones.
+    """
+    count = values.shape[-1]
     position = torch.arange(count, device=values.device)
-    position = position - cu_seqlens[sequence_of_position(count, cu_seqlens)]
-    # Not one cumsum less that of the boundary: NaN or infinity would reach all later sequences.
-    found = torch.where(position > 0, values.roll(1), 0)
-    step = 1  # how many numbers are in each sum; those that overlap no other sequence's
+    if cu_seqlens is not None:
+        position = position - cu_seqlens[sequence_of_position(count, cu_seqlens)]
+    found = torch.where(position > 0, values.roll(1, -1), 0)
+    step = 1  # every sum has so many numbers, or all that there are before it
     while step < count:
-        found = found + torch.where(position >= step, found.roll(step), 0)
+        found = found + torch.where(position >= step, found.roll(step, -1), 0)
         step *= 2
     return found
 
