@@ -42,7 +42,7 @@ def implicit_rewards(
     )
     log_ratios = logps - reference_logps
     found = rewards_so_far(log_ratios, beta, cu_seqlens)
-    # Of the states that follow such a label none may count in the shaping.
+    # Behind boundaries that are wrong such a label may have no state after it.
     return torch.where(log_ratios.isnan(), log_ratios, found)
 
 

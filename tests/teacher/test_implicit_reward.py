@@ -201,6 +201,16 @@ def test_a_label_that_one_of_them_lacks(packed, terminal, vocab_sizes):
     assert found.isnan().tolist() == [True, False]
 
 
+def test_wrong_boundaries_of_single_positions():
+    models = two_token_models()
+    states = {name: models.pop(name)[0, :2] for name in ("hidden", "reference_hidden")}
+    found = teacher_shaping(
+        **states, **models, labels=torch.full((2,), -100), cu_seqlens=torch.tensor([2, 1, 0]),
+        compact=False, **IMPLICIT,
+    )  # fmt: skip
+    assert found.isnan().all()
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_tokens_that_a_model_masks(packed):
     """What the teacher never says is worth minus infinity, and nothing to the other response."""
