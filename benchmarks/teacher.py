@@ -32,7 +32,7 @@ from fastpref.teacher import (
     teacher_shaping,
 )
 from fastpref.teacher.actions import ActionReward
-from fastpref.teacher.shaping import Potential
+from fastpref.teacher.shaping import POTENTIALS
 
 RESULTS = Path(__file__).with_name("results")
 SIDES = ("chosen", "rejected")
@@ -163,9 +163,9 @@ def timed(
 
 def table_5(states: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:
     """The sum (2B,) of each potential's shaping and of each action-dependent reward."""
-    return {
-        name: teacher_shaping(states, head, labels, potential=name) for name in get_args(Potential)
-    } | {name: action_rewards(states, head, labels, reward=name) for name in get_args(ActionReward)}
+    return {name: teacher_shaping(states, head, labels, potential=name) for name in POTENTIALS} | {
+        name: action_rewards(states, head, labels, reward=name) for name in get_args(ActionReward)
+    }
 
 
 @torch.no_grad()

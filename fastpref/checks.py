@@ -163,6 +163,15 @@ def check_beside(name: str, hidden: Tensor, other_name: str, other: Tensor) -> N
         refuse(name, expected, tuple(hidden.shape))
 
 
+def check_reference(takes: bool, choice: str, hidden: object, head: object) -> None:
+    """Refuse a reference that is missing, or that what was chosen, for example a kind, has not."""
+    for name, given in (("reference_hidden", hidden), ("reference_head", head)):
+        if takes and given is None:
+            refuse(name, f"that of the reference, with {choice}", None)
+        if not takes and given is not None:
+            refuse(name, f"None with {choice}", type(given).__name__)
+
+
 def check_flags(name: str, tensor: Tensor) -> None:
     """Refuse what is not a tensor of flags."""
     if not isinstance(tensor, Tensor):

@@ -11,10 +11,14 @@ from fastpref.data import read_rows
 from fastpref.extras import require_extra
 from fastpref.teacher import add_kd_cache, add_shaping, load_teacher
 from fastpref.teacher.kd_cache import check_kd_options
-from fastpref.teacher.model import Dtype, load_student, load_tokenizer, this_process
+from fastpref.teacher.model import Dtype, load_model, load_student, load_tokenizer, this_process
 from fastpref.teacher.precompute import check_run
 from fastpref.teacher.shaping import Form, Potential, Terminal
-from fastpref.teacher.shaping_columns import ShapingOptions, check_shaping_options
+from fastpref.teacher.shaping_columns import (
+    ShapingOptions,
+    check_other_model,
+    check_shaping_options,
+)
 from fastpref.teacher.store import read_settings
 
 try:
@@ -88,6 +92,16 @@ def values(
     form: Annotated[Form, typer.Option(help="next_value is what the authors' code trains.")] = (
         "difference"
     ),
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="For the implicit_reward: the teacher before it was aligned, named like the "
+            "teacher."
+        ),
+    ] = None,
+    beta: Annotated[
+        float, typer.Option(help="Scale of the implicit_reward: what the teacher was aligned with.")
+    ] = 0.1,
     per_token: Annotated[
         bool, typer.Option("--per-token", help="Also write the value of every state.")
     ] = False,
@@ -107,18 +121,23 @@ def values(
     Stopped at any moment and started again with the same arguments, it goes on where it was. On
     several GPUs: torchrun --nproc-per-node 4 -m fastpref values ...
     """
-    options = ShapingOptions(potential, temperature, gamma, terminal, form)
+    options = ShapingOptions(potential, temperature, gamma, terminal, form, beta)
     check_run(output, max_length, batch_size)
     check_shaping_options(options)
+    check_other_model(options, teacher, reference)
     _be_quiet()
     rows = read_rows(dataset, split)
-    model, tokenizer = load_teacher(teacher, dtype=dtype, device_map=device_map)
+    loading: Any = {"dtype": dtype, "device_map": device_map}
+    model, tokenizer = load_teacher(teacher, **loading)
+    other, theirs = load_model("reference", reference, **loading) if reference else (None, None)
     found = add_shaping(
         rows,
         model,
         tokenizer,
         output,
         **options._asdict(),
+        reference=other,
+        reference_tokenizer=theirs,
         per_token=per_token,
         max_length=max_length,
         batch_size=batch_size,

@@ -111,6 +111,24 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return sums.to(values.dtype)
 
 
+def running_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sum of all earlier numbers of the same sequence, for (2B, T) or packed (N,) numbers.
+
+    By doubling: a cumsum, which on GPUs may differ from run to run, would carry NaN and infinity
+    of packed sequences into later ones.
+    """
+    count = values.shape[-1]
+    position = torch.arange(count, device=values.device)
+    if cu_seqlens is not None:
+        position = position - cu_seqlens[sequence_of_position(count, cu_seqlens)]
+    found = torch.where(position > 0, values.roll(1, -1), 0)
+    step = 1  # every sum has so many numbers, or all that there are before it
+    while step < count:
+        found = found + torch.where(position >= step, found.roll(step, -1), 0)
+        step *= 2
+    return found
+
+
 def last_position(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Where ``mask`` (2B, T) or packed (N,) is last True, (2B,), counted along the last dimension.
 

@@ -111,10 +111,21 @@ def teacher_shaping(
     terminal: str = "bootstrap",
     form: str = "difference",
     potential: str = "value",
+    reference_hidden: Tensor | None = None,  # (2B, T + 1, H_r)
+    reference_head: Head | Tensor | None = None,
+    beta: float = 0.1,
     ignore_index: int = -100,
     temperature: float = 1.0,
 ) -> Tensor:
     """Shaping (2B,) from the potentials of all states."""
+    if potential == "implicit_reward":
+        values = implicit_rewards(
+            (hidden, head), (reference_hidden, reference_head), labels,
+            beta=beta, ignore_index=ignore_index, temperature=temperature,
+        )  # fmt: skip
+        return shaping_from_values(
+            values, labels, gamma=gamma, terminal=terminal, form=form, ignore_index=ignore_index
+        )
     no_labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     stats = linear_stats(hidden, head, no_labels, temperature=temperature)
     values = {
@@ -126,6 +137,31 @@ def teacher_shaping(
     return shaping_from_values(
         values, labels, gamma=gamma, terminal=terminal, form=form, ignore_index=ignore_index
     )
+
+
+def implicit_rewards(
+    teacher: tuple[Tensor, Head | Tensor],
+    reference: tuple[Tensor, Head | Tensor],
+    labels: Tensor,  # (2B, T)
+    *,
+    beta: float,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Implicit rewards (2B, T + 1) of the tokens before each state, token by token."""
+    logps, reference_logps = (
+        linear_logps(
+            states[:, :-1], head, labels, temperature=temperature, ignore_index=ignore_index
+        )
+        for states, head in (teacher, reference)
+    )
+    rows = []
+    for gains in beta * (logps - reference_logps):
+        values = [gains.new_zeros(())]
+        for gain in gains:
+            values.append(values[-1] + gain)
+        rows.append(torch.stack(values))
+    return torch.stack(rows)
 
 
 def action_rewards(

@@ -80,14 +80,16 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, str | None]:
     }
 
 
-def check_same_vocabulary(argument: str, tokenizer: Any, students: Any, *, when: str = "") -> None:
-    """Refuse the tokenizer of a model that cannot read the student's tokens."""
+def check_same_vocabulary(
+    argument: str, tokenizer: Any, other: Any, *, whose: str = "student", when: str = ""
+) -> None:
+    """Refuse the tokenizer of a model that cannot read another one's tokens."""
     key = "tokenizer_digest"
-    if tokenizer_settings(tokenizer)[key] != tokenizer_settings(students)[key]:
+    if tokenizer_settings(tokenizer)[key] != tokenizer_settings(other)[key]:
         refuse(
             argument,
-            f"the student's vocabulary, since it reads the student's tokens{when}",
-            f"another one (tokenizers {tokenizer.name_or_path!r} and {students.name_or_path!r})",
+            f"the {whose}'s vocabulary, since it reads the {whose}'s tokens{when}",
+            f"another one (tokenizers {tokenizer.name_or_path!r} and {other.name_or_path!r})",
         )
 
 

@@ -175,6 +175,12 @@ def as_head(head: Head | Tensor, *, prefix: str = "") -> Head:
     return head
 
 
+def head_on(head: Head, device: torch.device) -> Head:
+    """The head on a device; the head itself where it is there."""
+    bias = None if head.bias is None else head.bias.to(device)
+    return head._replace(weight=head.weight.to(device), bias=bias)
+
+
 def vocabulary_size(head: Head | Tensor) -> int:
     """The number of tokens, of all processes where they share the head."""
     weight, _, _, _, group = as_head(head)

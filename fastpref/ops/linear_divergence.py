@@ -15,6 +15,7 @@ from fastpref.checks import (
     check_floating,
     check_integers,
     check_number,
+    check_reference,
     check_scratch_bytes,
     check_shape,
     refuse,
@@ -263,7 +264,9 @@ def _call(
 
     own = _prepare(PREFIXES[0], *student, temperature, options)
     others = [_prepare(PREFIXES[1], *teacher, of_teacher, options, beside=hidden)]
-    if _takes_reference(options.kind, *reference):
+    takes_reference = options.kind == "advantage"
+    check_reference(takes_reference, f"kind {options.kind!r}", *reference)
+    if takes_reference:
         others.append(_prepare(PREFIXES[2], *reference, of_teacher, options, beside=hidden))  # type: ignore[arg-type]  # both are given
     own, *others = cut_alike([own, *others], PREFIXES)
 
@@ -335,17 +338,6 @@ def _check_clip(
     if lowest is not None and highest is not None and lowest > highest:
         refuse("clip", "the least before the largest", repr(clip))
     return lowest, highest
-
-
-def _takes_reference(kind: str, hidden: Tensor | None, head: Head | Tensor | None) -> bool:
-    """Whether the kind has a reference, which then is given; else refuse one."""
-    takes = kind == "advantage"
-    for name, given in (("reference_hidden", hidden), ("reference_head", head)):
-        if takes and given is None:
-            refuse(name, f"that of the reference, with kind {kind!r}", None)
-        if not takes and given is not None:
-            refuse(name, f"None with kind {kind!r}", type(given).__name__)
-    return takes
 
 
 def _prepare(

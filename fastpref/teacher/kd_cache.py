@@ -15,6 +15,7 @@ from fastpref.data.tokens import IGNORE_INDEX, check_same_vocabulary
 from fastpref.extras import require_extra
 from fastpref.models.lm_head import lm_head_of
 from fastpref.ops import Head, teacher_means
+from fastpref.ops.head import head_on
 from fastpref.ops.top_logps import top_logps
 from fastpref.sequences import labels_of_states
 from fastpref.teacher.model import head_digest
@@ -153,9 +154,7 @@ def _job_of_means(student: Head, teacher: Head, *, temperature: float) -> Job:
     }
     if student.bias is not None:
         features[BIASES] = datasets.List(number)
-    device = teacher.weight.device
-    bias = None if student.bias is None else student.bias.to(device)
-    student = student._replace(weight=student.weight.to(device), bias=bias)
+    student = head_on(student, teacher.weight.device)
 
     def of_tokens(states: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:
         means = teacher_means(states, head, student, labels, temperature=temperature)

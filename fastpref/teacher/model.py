@@ -40,16 +40,23 @@ def load_teacher(
         >>> def large_teacher():
         ...     return load_teacher("meta-llama/Llama-3.1-8B-Instruct", device_map="auto")
     """
-    check_choice("dtype", dtype, get_args(Dtype))
     require_extra("teacher", "fastpref.teacher.load_teacher", "accelerate", "transformers")
+    return load_model("teacher", name, dtype=dtype, device_map=device_map)
+
+
+def load_model(
+    argument: str, name: str, *, dtype: Dtype = "auto", device_map: str | None = None
+) -> tuple[Any, Any]:
+    """`load_teacher` of a model that an argument names."""
+    check_choice("dtype", dtype, get_args(Dtype))
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer("teacher", name)
+    tokenizer = load_tokenizer(argument, name)
     device = this_process().device
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     placed = {} if device_map is None else {"device_map": device_map}
-    model: Any = _load("teacher", AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **placed)
+    model: Any = _load(argument, AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **placed)
     if device_map is None and model.device.type != device.type:
         model = model.to(device)
     return model.eval(), tokenizer

@@ -21,6 +21,7 @@ from fastpref.data.tokens import (
 )
 from fastpref.models.lm_head import check_head, lm_head_of, run_to_head
 from fastpref.ops import Head
+from fastpref.ops.head import head_on
 from fastpref.teacher.model import model_settings, this_process
 from fastpref.teacher.store import (
     FinishedBatches,
@@ -43,11 +44,12 @@ class Job(NamedTuple):
     """What is precomputed: all that differs between one precompute and another."""
 
     name: str  # beside the progress bar
-    of_batch: Callable[[Tensor, Head, Tensor], dict[str, Tensor]]  # of `read_states`
+    of_batch: Callable[..., dict[str, Tensor]]  # of states, head, labels; and a reference's two
     features: dict[str, Any]  # of the columns, by what follows "chosen_" and "rejected_"
     settings: dict[str, Any]  # which results depend on, beside those of model, tokens and rows
     finite: str  # the result that is finite where the model is
     sides: tuple[str, ...] = RESPONSES  # whose responses are read
+    reference: Any = None  # a second model that reads the same tokens
 
 
 def precompute(
@@ -62,12 +64,11 @@ def precompute(
     skip_bad_rows: bool,
 ) -> datasets.Dataset:
     """Write a dataset with the columns of a job, or go on where an earlier run was stopped."""
-    head = lm_head_of(model)
-    model.eval()
+    models = [one for one in (model, job.reference) if one is not None]
+    heads = [lm_head_of(one.eval()) for one in models]
     rows = _rows_of(dataset)
-    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     pairs, bad = tokenize_rows(
-        rows, tokenizer, max_length=max_length, context_length=context_length
+        rows, tokenizer, max_length=max_length, context_length=_context_length(models)
     )
     if bad and not skip_bad_rows:
         raise BadRowsError(bad)
@@ -90,9 +91,13 @@ def precompute(
     finished = FinishedBatches(output, settings)
     batches = plan(pairs, batch_size)
     for number, batch in _with_progress(job.name, batches, finished, state):
-        check = number < state.num_processes
-        states, labels = read_states(model, head, batch, check=check, sides=len(job.sides))
-        results = job.of_batch(states, head, labels)
+        options: Any = {"check": number < state.num_processes, "sides": len(job.sides)}
+        read = [read_states(*one, batch, **options) for one in zip(models, heads, strict=True)]
+        states, labels = read[0]
+        given = [states, heads[0], labels]
+        if job.reference is not None:
+            given += [read[1][0].to(states.device), head_on(heads[1], states.device)]
+        results = job.of_batch(*given)
         _check_finite(results[job.finite], results.get(COUNTS), batch)
         finished.save(number, {name: stored(values) for name, values in results.items()})
     state.wait_for_everyone()
@@ -118,6 +123,13 @@ def check_run(output: Path, max_length: int | None, batch_size: int) -> None:
     if batch_size < 1:
         refuse("batch_size", "a number of pairs, at least 1", repr(batch_size))
     check_max_length(max_length)
+
+
+def _context_length(models: list[Any]) -> int | None:
+    """The most tokens that all of the models read; None where none of them says."""
+    configs = [model.config.get_text_config() for model in models]
+    lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def plan(pairs: list[TokenizedPair], batch_size: int) -> list[list[TokenizedPair]]:

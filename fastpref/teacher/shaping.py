@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastpref.checks import check_choice, check_flag, check_number, refuse
+from fastpref.checks import (
+    check_beside,
+    check_choice,
+    check_flag,
+    check_number,
+    check_reference,
+    refuse,
+)
 from fastpref.ops import Head, linear_stats
 from fastpref.ops.backend import statistics_dtype
 from fastpref.ops.head import vocabulary_size
@@ -21,10 +28,12 @@ from fastpref.sequences import (
     last_position,
     sequence_sum,
 )
+from fastpref.teacher.implicit import implicit_rewards
 
 Terminal = Literal["bootstrap", "zero"]
 Form = Literal["difference", "next_value"]
-Potential = Literal["value", "max", "margin", "expectation"]
+Potential = Literal["value", "max", "margin", "expectation", "implicit_reward"]
+# Those that are a statistic of one state.
 POTENTIALS: dict[Potential, Statistic] = {
     "value": "logsumexp",
     "max": "max_prob",
@@ -43,6 +52,9 @@ def teacher_shaping(
     terminal: Terminal = "bootstrap",
     form: Form = "difference",
     potential: Potential = "value",
+    reference_hidden: Tensor | None = None,
+    reference_head: Head | Tensor | None = None,
+    beta: float = 0.1,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
     compact: bool = True,
@@ -72,7 +84,15 @@ def teacher_shaping(
         potential: :math:`\phi`, one of the paper's table 5: ``"value"``, above; ``"max"``,
             :math:`\max_a \pi`; ``"margin"``, the largest :math:`\pi` less the second; or
             ``"expectation"``, :math:`\sum_a \pi Q`, with :math:`\pi` the softmax of
-            :math:`Q / \tau`.
+            :math:`Q / \tau`. Or ``"implicit_reward"``, which is not in the paper:
+            :math:`\beta \sum_{k<t} \log \pi(a_k | s_k) - \log \pi_\mathrm{ref}(a_k | s_k)`
+            over the labelled tokens before :math:`s_t`, from the reward of `DPO
+            <https://arxiv.org/abs/2305.18290>`_. With the defaults its shaping is the teacher's
+            implicit reward of the response. Both heads are read at every label.
+        reference_hidden: (2B, T + 1, H_r), or packed (N, H_r), of ``"implicit_reward"``: hidden
+            states of the teacher before it was aligned, at the same positions.
+        reference_head: `Head`, or its weight (V, H_r), in the dtype of ``reference_hidden``.
+        beta: Of ``"implicit_reward"``: its scale, what the teacher was aligned with.
         cu_seqlens: (2B + 1,) integers, the boundaries of packed sequences, chosen ones first.
         ignore_index: The label of positions outside the response.
         compact: Read the head at needed positions only, for which the host reads one count, and
@@ -80,13 +100,14 @@ def teacher_shaping(
             where ``cu_seqlens`` are wrong or a label is outside the vocabulary.
 
     Returns:
-        (2B,) shaping in the unit of the potential (of the logits, or of a probability), float32
-        (float64 for float64 inputs); 0 for a sequence without labels.
+        (2B,) shaping in the unit of the potential (of the logits, of a probability, or ``beta``
+        nats), float32 (float64 for float64 inputs); 0 for a sequence without labels.
 
     Raises:
         ValueError: ``hidden`` without the extra position, rows that are not pairs, shapes, devices
-            or dtypes that do not fit, a number that is not finite or out of range; with
-            ``compact``, a label outside ``[0, V)`` that is not ``ignore_index``.
+            or dtypes that do not fit, a number that is not finite or out of range; a reference
+            that is missing, or that the potential has not; with ``compact``, a label outside
+            ``[0, V)`` that is not ``ignore_index``.
 
     Example:
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(50, 8)
@@ -95,12 +116,33 @@ def teacher_shaping(
         torch.Size([2])
     """
     check_flag("compact", compact)
+    check_choice("potential", potential, get_args(Potential))
+    beta = check_number("beta", beta, above=0)
+    check_reference(
+        potential == "implicit_reward", f"potential {potential!r}", reference_hidden, reference_head
+    )
     labels, cu_seqlens = check_pairs(labels, cu_seqlens, ignore_index, read=compact)
     check_states("hidden", hidden, labels, cu_seqlens, vectors=True)
     coefficients = _value_coefficients(
         labels, gamma, terminal, form, ignore_index, cu_seqlens, statistics_dtype(hidden.dtype)
     )
     tokens = labels_of_states(labels, cu_seqlens, ignore_index)
+    if reference_hidden is not None and reference_head is not None:
+        check_beside("reference_hidden", reference_hidden, "hidden", hidden)
+        potentials = implicit_rewards(
+            hidden,
+            head,
+            reference_hidden,
+            reference_head,
+            tokens,
+            beta=beta,
+            temperature=temperature,
+            cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+            compact=compact,
+        )
+        counts = (coefficients != 0) | potentials.isnan()
+        return _weighted_sum(potentials, coefficients, counts, cu_seqlens)
     outside = (tokens != ignore_index) & ((tokens < 0) | (tokens >= vocabulary_size(head)))
     # Any token marks a state whose potential is wanted. One outside the vocabulary is handed on,
     # to be refused, or to make its response NaN.

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_choice, check_number
-from fastpref.data.tokens import IGNORE_INDEX
+from fastpref.checks import check_choice, check_number, refuse
+from fastpref.data.tokens import IGNORE_INDEX, check_same_vocabulary
 from fastpref.extras import require_extra
 from fastpref.ops import Head
 from fastpref.sequences import labels_of_states
+from fastpref.teacher.implicit import implicit_rewards
+from fastpref.teacher.model import model_settings
 from fastpref.teacher.precompute import COUNTS, MODULES, Job, check_run, load, precompute
 from fastpref.teacher.shaping import (
     Form,
@@ -38,6 +40,7 @@ class ShapingOptions(NamedTuple):
     gamma: float = 1.0
     terminal: Terminal = "bootstrap"
     form: Form = "difference"
+    beta: float = 0.1
 
 
 def add_shaping(
@@ -51,6 +54,9 @@ def add_shaping(
     gamma: float = 1.0,
     terminal: Terminal = "bootstrap",
     form: Form = "difference",
+    reference: Any = None,
+    reference_tokenizer: Any = None,
+    beta: float = 0.1,
     per_token: bool = False,
     max_length: int | None = None,
     batch_size: int = 8,
@@ -79,6 +85,11 @@ def add_shaping(
         gamma: Discount.
         terminal: The potential after the last token.
         form: Of the sum.
+        reference: With ``potential="implicit_reward"``: the teacher before it was aligned, a causal
+            language model; left in evaluation mode. It reads the teacher's tokens.
+        reference_tokenizer: Its tokenizer, whose vocabulary has to be the teacher's; None where it
+            is ``tokenizer``.
+        beta: Of ``"implicit_reward"``: its scale, what the teacher was aligned with.
         per_token: Also add the potential of every state of a response.
         max_length: Cut sequences after so many of the teacher's tokens, as TRL's ``max_length``.
         batch_size: Pairs per batch. Another batch size may round other last digits.
@@ -91,7 +102,9 @@ def add_shaping(
 
     Raises:
         ValueError: Rows that cannot be used, by their index; a model whose head fastpref does not
-            know; an output that was made with other settings; a setting out of range.
+            know; a reference that is missing, that the potential has not, that is the teacher or
+            has another vocabulary; an output that was made with other settings; a setting out of
+            range.
         ImportError: Without the extra "teacher".
 
     Example:
@@ -100,22 +113,32 @@ def add_shaping(
         ...     model, tokenizer = load_teacher(name)
         ...     return add_shaping(pairs, model, tokenizer, "pairs-with-values.parquet")
     """
-    options = ShapingOptions(potential, temperature, gamma, terminal, form)
+    options = ShapingOptions(potential, temperature, gamma, terminal, form, beta)
     output = Path(output)
     check_run(output, max_length, batch_size)
     check_shaping_options(options)
+    check_other_model(options, model, reference)
     require_extra("teacher", "fastpref.teacher.add_shaping", *MODULES)
     import datasets
 
+    if reference_tokenizer is not None:
+        check_same_vocabulary(
+            "reference_tokenizer", reference_tokenizer, tokenizer, whose="teacher"
+        )
     features = {"shaping": noted("float32", max_length=max_length)}
     if per_token:
         features["values"] = datasets.List(datasets.Value("float32"))
 
-    def of_batch(states: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:
-        return shape_batch(states, head, labels, options, per_token=per_token)
+    def of_batch(*of_models: Any) -> dict[str, Tensor]:
+        return shape_batch(*of_models, options=options, per_token=per_token)
 
     settings = {**options._asdict(), "per_token": per_token}
-    job = Job("teacher values", of_batch, features, settings, finite="shaping")
+    if reference is None:
+        del settings["beta"]
+    else:
+        of_reference = model_settings(reference)
+        settings |= {f"reference_{name}": value for name, value in of_reference.items()}
+    job = Job("teacher values", of_batch, features, settings, finite="shaping", reference=reference)
     return precompute(
         job, dataset, model, tokenizer, output,
         max_length=max_length, batch_size=batch_size, skip_bad_rows=skip_bad_rows,
@@ -129,7 +152,8 @@ def load_shaping(file: str | Path, **expected: Any) -> datasets.Dataset:
         file: The Parquet file.
         **expected: Settings that it must have been made with: ``model``, ``tokenizer``,
             ``chat_template``, ``dtype``, ``potential``, ``temperature``, ``gamma``, ``terminal``,
-            ``form``, ``max_length``, ``batch_size`` and the others in the file.
+            ``form``, ``reference_model``, ``beta``, ``max_length``, ``batch_size`` and the others
+            in the file.
 
     Returns:
         The dataset; see `add_shaping`.
@@ -153,7 +177,21 @@ def check_shaping_options(options: ShapingOptions) -> None:
     check_choice("form", options.form, get_args(Form))
     check_number("temperature", options.temperature, above=0)
     check_number("gamma", options.gamma, at_least=0)
+    check_number("beta", options.beta, above=0)
     check_signal(options.terminal, options.form, options.gamma)
+
+
+def check_other_model(options: ShapingOptions, model: object, reference: object) -> None:
+    """Refuse a reference, or its name, that is missing, not wanted, or the teacher itself."""
+    wanted = options.potential == "implicit_reward"
+    if wanted and reference is None:
+        expected = "the teacher before it was aligned, with potential 'implicit_reward'"
+        refuse("reference", expected, None)
+    if not wanted and reference is not None:
+        refuse("reference", f"None with potential {options.potential!r}", "a model")
+    if wanted and reference == model:
+        expected = "another model than the teacher, whose implicit reward would be 0"
+        refuse("reference", expected, "the teacher")
 
 
 @torch.no_grad()
@@ -161,8 +199,10 @@ def shape_batch(
     states: Tensor,  # (2B, T + 1, H)
     head: Head,
     labels: Tensor,  # (2B, T)
-    options: ShapingOptions,
+    reference_states: Tensor | None = None,  # (2B, T + 1, H_r)
+    reference_head: Head | None = None,
     *,
+    options: ShapingOptions,
     per_token: bool,
 ) -> dict[str, Tensor]:
     """``shaping`` (2B,), and with ``per_token`` ``values`` (n,) of all responses' states, flat."""
@@ -171,20 +211,29 @@ def shape_batch(
             states,
             head,
             labels,
+            reference_hidden=reference_states,
+            reference_head=reference_head,
             **options._asdict(),
         )
         return {"shaping": shaping}
     # A state belongs to a response where it predicts a token of it, or follows the last one.
-    predicts = labels_of_states(labels, None, IGNORE_INDEX) != IGNORE_INDEX
+    targets = labels_of_states(labels, None, IGNORE_INDEX)
+    predicts = targets != IGNORE_INDEX
     in_response = predicts | predicts.roll(1, dims=1)
-    values = state_potentials(
-        states,
-        head,
-        torch.where(in_response, 0, IGNORE_INDEX),
-        potential=options.potential,
-        temperature=options.temperature,
-        ignore_index=IGNORE_INDEX,
-    )
+    if reference_states is not None and reference_head is not None:
+        models = states, head, reference_states, reference_head
+        values = implicit_rewards(
+            *models, targets, beta=options.beta, temperature=options.temperature
+        )
+    else:
+        values = state_potentials(
+            states,
+            head,
+            torch.where(in_response, 0, IGNORE_INDEX),
+            potential=options.potential,
+            temperature=options.temperature,
+            ignore_index=IGNORE_INDEX,
+        )
     shaping = shaping_from_values(
         values, labels, gamma=options.gamma, terminal=options.terminal, form=options.form
     )

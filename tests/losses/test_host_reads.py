@@ -47,3 +47,15 @@ def test_how_often_the_host_reads(reads, name, trained, packed):
     assert run(compact=False) == 0
     # The labels, and with them the boundaries in a loss.
     assert run(compact=True) == (1 if name in LOSSES else 1 + packed)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_two_models_are_not_waited_for_either(reads, packed):
+    given = arguments("teacher_shaping", packed=packed)
+    given |= {"reference_hidden": given["hidden"] + 1, "reference_head": given["head"]}
+    found = fastpref.teacher_shaping(**given, potential="implicit_reward", compact=False)
+    assert not reads and found.isfinite().all()
+    if packed:
+        given["cu_seqlens"] = given["cu_seqlens"].flip(0)
+        wrong = fastpref.teacher_shaping(**given, potential="implicit_reward", compact=False)
+        assert wrong.isnan().all()

@@ -45,6 +45,15 @@ def test_it_writes_a_dataset(run, tmp_path):
     assert len(found["chosen_values"]) == 7
 
 
+def test_the_implicit_reward(run, tmp_path):
+    code, _, _ = run(*VALUES, *IMPLICIT, "student", "--beta", "0.5", "--per-token")
+    assert code == 0
+    found = load_shaping(tmp_path / "out.parquet", reference_model="student", beta=0.5)
+    for row in found:
+        assert row["chosen_values"][0] == 0
+        assert row["chosen_shaping"] == row["chosen_values"][-1] != 0
+
+
 def test_what_was_left_out_is_said(run, tmp_path):
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('\n{"prompt": "x", "chosen": 5, "rejected": "y"}\n')
@@ -52,6 +61,7 @@ def test_what_was_left_out_is_said(run, tmp_path):
     assert code == 0 and "7 pairs" in out and "left out 1 rows: 7" in err
 
 
+IMPLICIT = ("--potential", "implicit_reward", "--reference")
 ERRORS = {
     "no such teacher": (["--teacher", "nowhere/at/all"], "teacher: expected a model folder"),
     "no such dataset": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -62,6 +72,10 @@ ERRORS = {
     "batch size": (["--batch-size", "0"], "batch_size: expected"),
     "length": (["--max-length", "1"], "max_length: expected"),
     "NaN": (["--temperature", "nan"], "temperature: expected a finite number"),
+    "no reference": (["--potential", "implicit_reward"], "reference: expected the teacher before"),
+    "a reference": (["--reference", "student"], "reference: expected None with potential 'value'"),
+    "itself": ([*IMPLICIT, "teacher"], "reference: expected another model than the teacher"),
+    "no such reference": ([*IMPLICIT, "nowhere/at/all"], "reference: expected a model folder"),
 }
 
 
@@ -74,7 +88,10 @@ def test_errors_are_one_line(run, name):
     assert not out
 
 
-@pytest.mark.parametrize("name", ["gamma", "temperature", "batch size", "length", "NaN"])
+EARLY = ["gamma", "temperature", "batch size", "length", "NaN", "no reference", "itself"]
+
+
+@pytest.mark.parametrize("name", EARLY)
 def test_settings_are_refused_before_anything_is_loaded(run, monkeypatch, tmp_path, name):
     monkeypatch.setattr(cli, "read_rows", None)
     monkeypatch.setattr(cli, "load_teacher", None)
@@ -90,7 +107,7 @@ def test_its_version(run):
 
 def test_unknown_choices_are_refused_with_the_choices(run):
     code, _, err = run(*VALUES, "--potential", "luck")
-    assert code == 2 and "'value', 'max', 'margin', 'expectation'" in err
+    assert code == 2 and "'value', 'max', 'margin', 'expectation', 'implicit_reward'" in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []])
@@ -99,7 +116,7 @@ def test_help_explains(run, arguments):
     assert "values" in out + err and "kd-cache" in out + err
 
 
-VALUES_OPTIONS = "teacher dataset output split potential gamma max-length per-token"
+VALUES_OPTIONS = "teacher dataset output potential gamma reference beta max-length per-token"
 KD_OPTIONS = "teacher student dataset output split top-k chosen-only temperature max-length dtype"
 
 

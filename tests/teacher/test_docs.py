@@ -26,7 +26,7 @@ TEACHER, STUDENT = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-
 def folder(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = "<unk>"
-    for seed, name in enumerate((TEACHER, STUDENT)):
+    for seed, name in enumerate((TEACHER, STUDENT, "my-8b-dpo", "my-8b-sft")):
         tiny_model(tokenizer, seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows())), "utf-8")
@@ -40,12 +40,14 @@ def test_python():
     assert len(names["dataset"]["chosen_shaping"]) == len(rows())
 
 
-def test_the_command(monkeypatch):
-    (command,) = re.findall(r"^fastpref values .*$", PAGE, flags=re.MULTILINE)
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0 and Path("pairs-with-values.parquet").is_file()
+def test_the_commands(monkeypatch):
+    for command in re.findall(r"^fastpref values .*$", PAGE, flags=re.MULTILINE):
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    assert Path("pairs-with-values.parquet").is_file()
+    assert Path("pairs-with-rewards.parquet").is_file()
 
 
 def test_distributions(monkeypatch):

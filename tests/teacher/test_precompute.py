@@ -109,7 +109,9 @@ def test_the_head_is_read_twice_a_response(teacher):
         pairs, _ = tokenize_rows([row], tokenizer, max_length=None, context_length=None)
         states, labels = read_states(model, head, pairs, check=False)
         flops[words] = flops_of(
-            lambda s=states, n=labels: shape_batch(s, head, n, ShapingOptions(), per_token=False)
+            lambda s=states, n=labels: shape_batch(
+                s, head, n, options=ShapingOptions(), per_token=False
+            )
         )
     rows_read = 2 * 2  # two states of each of two responses
     assert flops[3] == flops[30] == rows_read * 2 * vocabulary * width

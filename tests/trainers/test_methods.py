@@ -98,7 +98,8 @@ def test_help_is_the_docstrings(method):
 
 def test_help_of_what_signals_need():
     found = helps(TVKDConfig)
-    for name in ("potential", "value_temperature", "terminal", "form", "precompute_shaping"):
+    names = "potential value_temperature terminal form value_beta precompute_shaping"
+    for name in names.split():
         assert re.fullmatch(r"\[tvkd\] [A-Z].{15,} If not set: .*\.", found[name]), name
     assert "[tvkd] Discount of the teacher's values. If not set: 1.0." in found["gamma"]
     assert "method" in helps(PreferenceConfig) and "method" not in found

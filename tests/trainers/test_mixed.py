@@ -82,10 +82,14 @@ def test_a_head_that_is_spread_over_processes_is_copied(tmp_path, spread):
     assert (reading.head.weight.data_ptr() == weight.data_ptr()) is not spread
 
 
-def test_models_run_once(tmp_path):
+@pytest.mark.parametrize("potential", ["value", "implicit_reward"])
+def test_models_run_once(tmp_path, potential):
     models = models_of("dckd", "adpa", "dpkd", "tdpo")
     methods = ["tvkd", "dckd", "adpa", "dpkd", "tdpo", "vanilla_kd"]
-    found = preference_trainer(tmp_path, methods, train_dataset=dataset(), **models)
+    settings = {"potential": potential}
+    found = preference_trainer(
+        tmp_path, methods, settings=settings, train_dataset=dataset(), **models
+    )
     calls = []
     for name, one in (
         ("student", found.model),

@@ -54,6 +54,11 @@ def teacher(tokenizer=TOKENIZER):
     return {"teacher_model": tiny_model(tokenizer), "teacher_processing_class": tokenizer}
 
 
+REFERENCE = tiny_model(TOKENIZER, seed=5)
+WITH_REFERENCE = {**teacher(), "teacher_ref_model": REFERENCE}
+IMPLICIT = {"potential": "implicit_reward"}
+
+
 def with_reward_head(tokenizer=TOKENIZER):
     model = tiny_model(tokenizer)
     add_reward_head(model)
@@ -88,6 +93,10 @@ def with_reward_head(tokenizer=TOKENIZER):
         (method("dpo"), teacher(), "teacher_model: expected None, since the loss reads nothing"),
         (method("dckd"), {**teacher(), "teacher_ref_model": student()},
          "teacher_ref_model: expected None, since the loss reads nothing of it"),
+        (tvkd, {**SHAPED, "teacher_ref_model": student(seed=5)},
+         "teacher_ref_model: expected None, since the loss reads nothing of it"),
+        (tvkd, {**teacher(), "teacher_ref_model": student(seed=5)},
+         "teacher_ref_model: expected None, since the loss reads nothing of it"),
         (method("sft"), {"ref_model": student(seed=5)}, "ref_model: expected None"),
         (method(["tvkd", "dckd"]), {**SHAPED, **teacher()},
          "train_dataset: expected no chosen_shaping and .*, which teacher_model computes"),
@@ -119,6 +128,16 @@ def test_arguments(tmp_path, make, options, message):
         (tvkd, SHAPED, {"gamma": 0.9}, "gamma: expected 1.0, since there is no teacher_model"),
         (tvkd, teacher(), {"alpha": 0.0}, "teacher_model: expected None, since .*alpha=0"),
         (tvkd, teacher(), {"potential": "best"}, "potential: expected 'value' or"),
+        (tvkd, SHAPED, IMPLICIT, "potential: expected 'value', since there is no teacher_model"),
+        (tvkd, teacher(), IMPLICIT, "teacher_ref_model: expected a model, the teacher before it"),
+        (
+            tvkd,
+            {**WITH_REFERENCE, "teacher_model": REFERENCE},
+            IMPLICIT,
+            "teacher_ref_model: expected another model than the teacher",
+        ),
+        (tvkd, WITH_REFERENCE, {**IMPLICIT, "alpha": 0.0}, "teacher_ref_model: expected None, si"),
+        (tvkd, WITH_REFERENCE, {**IMPLICIT, "value_beta": 0.0}, "value_beta: .* above 0"),
         (
             tvkd,
             teacher(),
@@ -141,6 +160,21 @@ def test_arguments(tmp_path, make, options, message):
 def test_settings(tmp_path, make, options, settings, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, settings=settings, **options)
+
+
+@pytest.mark.parametrize(
+    ("precompute", "message"),
+    [(False, "the student's vocabulary, .* in every step"), (True, "the teacher's vocabulary")],
+)
+def test_a_reference_of_another_vocabulary(tmp_path, precompute, message):
+    for name, tokenizer in (("teacher", TOKENIZER), ("before", OTHER)):
+        tiny_model(tokenizer).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    models = {"teacher_model": "teacher", "teacher_ref_model": "before"}
+    models = {argument: str(tmp_path / name) for argument, name in models.items()}
+    settings = {**IMPLICIT, "precompute_shaping": precompute}
+    with pytest.raises(ValueError, match=f"teacher_ref_model: expected {message}"):
+        tvkd(tmp_path, settings=settings, **models)
 
 
 def test_a_teacher_that_is_the_student(tmp_path):

@@ -97,6 +97,31 @@ def test_reading_along_precomputed_and_from_columns(tmp_path, of_teacher, settin
     assert_same(history(tvkd(tmp_path / "columns", settings=kept, train_dataset=data)), along)
 
 
+def test_the_implicit_reward_along_precomputed_and_from_columns(tmp_path):
+    settings = {"gamma": 0.9, "potential": "implicit_reward"}
+    of_teacher = {**settings, "temperature": 2.0, "beta": 0.5}
+    short = {"num_train_epochs": 1}
+    settings |= {"value_temperature": 2.0, "value_beta": 0.5, **short}
+    reference = tiny_model(TOKENIZER, seed=8, hidden_size=12)
+    given = {"settings": settings, "teacher_ref_model": reference}
+    found = with_teacher(tmp_path / "along", **given)
+    along = history(found)
+    assert all(not one.model.training for one in found.readers) and len(found.readers) == 2
+    assert along[0]["shaping/chosen"] != 0
+    up_front = with_teacher(
+        tmp_path / "up front",
+        **given | {"settings": {**settings, "precompute_shaping": True}},
+    )
+    assert up_front.signals["shaping"] == SHAPING and not up_front.readers
+    assert_same(history(up_front), along)
+    data = add_shaping(
+        dataset(), tiny_model(TOKENIZER, seed=7), TOKENIZER, tmp_path / "pairs.parquet",
+        reference=reference, **of_teacher,
+    )  # fmt: skip
+    columns = tvkd(tmp_path / "columns", settings=short, train_dataset=data)
+    assert_same(history(columns), along)
+
+
 def test_shaping_of_sequences_that_were_cut_elsewhere(tmp_path):
     """The columns remember where, through a file, and through what datasets does to them."""
     teacher = tiny_model(TOKENIZER, seed=7)

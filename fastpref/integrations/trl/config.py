@@ -146,7 +146,8 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
 
     An option is what the function `fastpref.losses.<method>` says of it, and has that function's
     default where it is not set. What a loss reads has options, too: ``precompute_shaping`` and
-    those of `fastpref.teacher_shaping`, whose ``temperature`` is ``value_temperature``;
+    those of `fastpref.teacher_shaping`, whose ``temperature`` is ``value_temperature`` and whose
+    ``beta`` is ``value_beta``;
     ``reference_free`` where a reference is optional; ``divergence``, ``lmbda`` and others of GKD;
     ``advantage_clip``; ``token_beta`` of a preference at every token; ``topk_tail`` for a teacher's
     likeliest tokens in columns. Refused are options that the method does not have, values out of
@@ -245,6 +246,11 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
     def shaping_options(self) -> dict[str, Any]:
         """What `fastpref.teacher_shaping` takes."""
         return shaping_options(**self.options_of(shaping_options))
+
+    def reads_implicit_reward(self) -> bool:
+        """Whether some loss reads a shaping that takes the teacher's own reference."""
+        potential: str = self.shaping_options()["potential"]
+        return self.reads("shaping") and potential == "implicit_reward"
 
     def divergence_options(self, method: str) -> dict[str, Any]:
         """What `fastpref.linear_divergence` takes for a method's ``divergences``.

@@ -33,22 +33,24 @@ def shaping_options(
     gamma: NonNegative = 1.0,
     terminal: Terminal = "bootstrap",
     form: Form = "difference",
+    value_beta: Positive = 0.1,
     precompute_shaping: bool = False,
 ) -> dict[str, Any]:
     """What `fastpref.teacher_shaping` takes, from the options of methods that read a shaping.
 
     Args:
-        potential: What a state is worth to the teacher.
+        potential: What a state is worth to the teacher; implicit_reward reads teacher_ref_model.
         value_temperature: Temperature of the teacher's values, in logits.
         gamma: Discount of the teacher's values.
         terminal: The value after the last token: the teacher's own, or zero.
         form: The sum over a response; next_value is what the authors' code trains.
+        value_beta: Scale of the implicit_reward, what the teacher was aligned with.
         precompute_shaping: Whether to compute the teacher's shaping of the whole dataset before
             training and let go of the teacher. It then reads its own tokens: any tokenizer will
             do. The result stays in output_dir and is used again.
     """
     check_signal(terminal, form, gamma)
-    return ShapingOptions(potential, value_temperature, gamma, terminal, form)._asdict()
+    return ShapingOptions(potential, value_temperature, gamma, terminal, form, value_beta)._asdict()
 
 
 def reference_options(*, reference_free: bool = True) -> bool:

@@ -25,6 +25,7 @@ from fastpref.ops import (
     linear_topk_divergence,
     linear_topk_divergence_with_stats,
 )
+from fastpref.ops.head import head_on
 from fastpref.responses import sum_responses
 from fastpref.teacher.kd_cache import BIASES, ENTROPIES, TOKEN_IDS, TOKEN_LOGPS, WEIGHTS
 
@@ -64,8 +65,7 @@ class Reading(NamedTuple):
         """The states of some of its responses, and the head, on the student's device."""
         pairs = len(self.states) // (self.sides.end - self.sides.first)
         states = self.states[sides.within(self.sides).rows(pairs)]
-        bias = None if self.head.bias is None else self.head.bias.to(device)
-        return states.to(device), self.head._replace(weight=self.head.weight.to(device), bias=bias)
+        return states.to(device), head_on(self.head, device)
 
 
 class CachedReading(NamedTuple):

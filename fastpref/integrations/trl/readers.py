@@ -18,7 +18,7 @@ from fastpref.models.fused_head import add_fused_head
 from fastpref.ops import Head
 from fastpref.teacher import load_teacher
 
-PerResponse = Callable[[Tensor, Head, Tensor], Tensor]  # states, head, labels -> (2B,)
+OfStates = Callable[[Tensor, Head, Tensor], Tensor]  # states, head, labels -> (2B, ...)
 
 
 @dataclass
@@ -28,14 +28,15 @@ class Reader:
     argument: str
     model: Any
     tokenizer: Any
-    signals: dict[str, PerResponse] = field(default_factory=dict)  # by a loss's input
+    signals: dict[str, OfStates] = field(default_factory=dict)  # by a loss's input, or its part
     sides: Sides | None = None  # of whose responses the states are kept; None for no states
     spread: bool = False  # over processes, by FSDP or DeepSpeed
 
     def join(self, trainer: Any) -> None:
         """Check that it reads the student's tokens; place it as TRL places a reference."""
         advice = " (precompute_shaping=True or `fastpref values` let a teacher read its own)"
-        when = " in every step" + (advice if "shaping" in self.signals else "")
+        shapes = any(name.startswith("shaping") for name in self.signals)
+        when = " in every step" + (advice if shapes else "")
         check_same_vocabulary(self.argument, self.tokenizer, trainer._tokenizer, when=when)
         self.model.eval().requires_grad_(False)
         add_fused_head(self.model)
@@ -51,7 +52,7 @@ class Reader:
     def __call__(
         self, inputs: dict[str, Tensor], labels: Tensor, pairs: int
     ) -> tuple[dict[str, Tensor], Reading | None]:
-        """Its signals of a batch of so many pairs, (2B,) each, and the states that are kept."""
+        """Its signals of a batch of so many pairs, (2B, ...), and the states that are kept."""
         sides = self.sides if self.sides and not self.signals else BOTH
         kept: list[Reading] = []
 

@@ -121,6 +121,9 @@ class ReadsModels(SavesRewardHead):
             signals |= found
             if reading is not None:
                 readings[reader.argument] = reading
+        for name, signal in self.signals.items():
+            if signal.join is not None:
+                signals[name] = signal.join(signals, labels)
         if self.precompute_ref_logps:
             signals["ref_logps"] = REFERENCE.of_batch(inputs)
         elif self.args.has_reference():

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from fastpref.checks import is_finite_float32, refuse
-from fastpref.data.tokens import IGNORE_INDEX
+from fastpref.data.tokens import IGNORE_INDEX, check_same_vocabulary
 from fastpref.integrations.trl.config import OF_SHAPING, OPTIONS, PreferenceConfig, inputs_of
 from fastpref.integrations.trl.passes import Sides, comparisons_of
 from fastpref.integrations.trl.readers import Reader, load_frozen
@@ -21,7 +21,8 @@ from fastpref.models.reward_head import load_reward_head, reward_head_of, reward
 from fastpref.ops import Head, linear_logps
 from fastpref.responses import sum_responses
 from fastpref.sequences import labels_of_states
-from fastpref.teacher import BadRowsError, add_shaping, teacher_shaping
+from fastpref.teacher import BadRowsError, add_shaping, shaping_from_values, teacher_shaping
+from fastpref.teacher.implicit import rewards_so_far
 from fastpref.teacher.store import note_of
 
 
@@ -38,6 +39,8 @@ class Signal:
     advice: str = ""  # to someone whose dataset lacks the columns
     compute: Callable[[Any, str], Any] | None = None
     read: Reader | None = None
+    # Of what is read of several models, and labels: makes one signal of theirs, which it removes.
+    join: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """A dataset with what is read of it; refused is one that lacks it, or has it twice."""
@@ -94,7 +97,10 @@ def signals_of(
     if cached:
         del sides["teacher_model"]
     signals: dict[str, Signal] = {}
-    readers = []
+    readers: dict[str, Reader] = {}
+    beside: list[str] = []  # what is read for a signal of the teacher's
+    if args.reads_implicit_reward() and models["teacher_model"][0] is not None:
+        beside = ["teacher_ref_model"]
     for argument, (model, tokenizer) in models.items():
         wanted = {
             name: (signal, ask)
@@ -109,20 +115,21 @@ def signals_of(
                 expected = f"a model, which the student is compared with {reason}"
                 columns = " (or, for the forward KL, columns of `fastpref kd-cache`)"
                 refuse(argument, expected + columns * (argument == "teacher_model"), None)
+            if argument in beside:
+                before = "a model, the teacher before it was aligned"
+                refuse(argument, f"{before}, with potential 'implicit_reward'", None)
             signals |= {name: signal for name, (signal, _) in wanted.items()}
             continue
-        if not wanted and argument not in sides:
+        if not wanted and argument not in [*sides, *beside]:
             reason = f"the loss reads nothing of it (method={args.method!r}, alpha={args.alpha})"
             refuse(argument, f"None, since {reason}", type(model).__name__)
         loaded = load_frozen(argument, model, tokenizer)
-        reader = Reader(argument, *loaded, sides=sides.get(argument))
+        readers[argument] = Reader(argument, *loaded, sides=sides.get(argument))
         for name, (signal, ask) in wanted.items():
-            signals[name] = ask(args, signal, reader, model)
-        if reader.signals or reader.sides:
-            readers.append(reader)
+            signals[name] = ask(args, signal, readers, model)
     if models["teacher_model"][0] is None:
         _refuse_options_of_shaping(args)
-    return signals, readers
+    return signals, [one for one in readers.values() if one.signals or one.sides]
 
 
 def _refuse_options_of_shaping(args: PreferenceConfig) -> None:
@@ -142,8 +149,15 @@ def sides_of_models(args: PreferenceConfig) -> dict[str, Sides]:
     return found
 
 
-def _ask_for_shaping(args: PreferenceConfig, signal: Signal, reader: Reader, _: Any) -> Signal:
+Readers = dict[str, Reader]  # by argument: the one that is asked, and those before it
+
+
+def _ask_for_shaping(args: PreferenceConfig, signal: Signal, readers: Readers, _: Any) -> Signal:
     options = args.shaping_options()
+    reader = readers[signal.argument]
+    reference = readers["teacher_ref_model"] if args.reads_implicit_reward() else None
+    if reference is not None and reference.model is reader.model:
+        refuse(reference.argument, "another model than the teacher", "the teacher itself")
 
     def of_states(states: Tensor, head: Head, labels: Tensor) -> Tensor:
         return teacher_shaping(states, head, labels, **options)
@@ -154,8 +168,9 @@ def _ask_for_shaping(args: PreferenceConfig, signal: Signal, reader: Reader, _: 
         file = Path(args.output_dir) / f"{name}-shaping.parquet"
         sizes = {"max_length": args.max_length, "batch_size": args.per_device_train_batch_size}
         model, tokenizer = reader.model, reader.tokenizer
+        models = {} if reference is None else {"reference": reference.model}
         try:
-            found = add_shaping(dataset, model, tokenizer, file, **sizes, **options)
+            found = add_shaping(dataset, model, tokenizer, file, **models, **sizes, **options)
         except BadRowsError as error:
             raise ValueError(
                 f"{name}_dataset: expected rows that the teacher can read; take the others "
@@ -168,17 +183,46 @@ def _ask_for_shaping(args: PreferenceConfig, signal: Signal, reader: Reader, _: 
         return dataset
 
     if args.precompute_shaping:
+        if reference is not None:
+            tokenizers = reference.tokenizer, reader.tokenizer
+            check_same_vocabulary(reference.argument, *tokenizers, whose="teacher")
         return replace(signal, compute=compute)
+    if reference is not None:
+        return replace(signal, read=reader, join=_log_ratios(options, reader, reference))
     reader.signals["shaping"] = of_states
     return replace(signal, read=reader)
 
 
-def _ask_for_logps(_: PreferenceConfig, signal: Signal, reader: Reader, __: Any) -> Signal:
+def _log_ratios(
+    options: dict[str, Any], reader: Reader, reference: Reader
+) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """Ask two models for the parts of their log-ratios; what makes the shaping of them."""
+    names = ("shaping_logps", "shaping_ref_logps")
+    temperature, beta = options["temperature"], options["beta"]
+    of_sum = {name: options[name] for name in ("gamma", "terminal", "form")}
+
+    def of_states(states: Tensor, head: Head, labels: Tensor) -> Tensor:
+        targets = labels_of_states(labels, None, IGNORE_INDEX)
+        return linear_logps(states, head, targets, temperature=temperature)
+
+    def join(signals: dict[str, Tensor], labels: Tensor) -> Tensor:
+        logps, reference_logps = (signals.pop(name).to(labels.device) for name in names)
+        values = rewards_so_far(logps - reference_logps, beta)
+        return shaping_from_values(values, labels, **of_sum)
+
+    for name, one in zip(names, (reader, reference), strict=True):
+        one.signals[name] = of_states
+    return join
+
+
+def _ask_for_logps(_: PreferenceConfig, signal: Signal, readers: Readers, __: Any) -> Signal:
+    reader = readers[signal.argument]
     reader.signals["teacher_logps"] = responses_logps
     return replace(signal, read=reader)
 
 
-def _ask_for_rewards(_: PreferenceConfig, signal: Signal, reader: Reader, oracle: Any) -> Signal:
+def _ask_for_rewards(_: PreferenceConfig, signal: Signal, readers: Readers, oracle: Any) -> Signal:
+    reader = readers[signal.argument]
     model = reader.model
     if isinstance(oracle, str):
         load_reward_head(model, oracle)
@@ -192,7 +236,7 @@ def _ask_for_rewards(_: PreferenceConfig, signal: Signal, reader: Reader, oracle
 
 
 # By the parameter of a loss: the columns that have it, and how to ask a model for it.
-ASK: dict[str, tuple[Signal, Callable[[PreferenceConfig, Signal, Reader, Any], Signal]]] = {
+ASK: dict[str, tuple[Signal, Callable[[PreferenceConfig, Signal, Readers, Any], Signal]]] = {
     "shaping": (SHAPING, _ask_for_shaping),
     "teacher_logps": (TEACHER_LOGPS, _ask_for_logps),
     "oracle_rewards": (REWARDS, _ask_for_rewards),

@@ -81,7 +81,8 @@ class PreferenceTrainer(ReadsModels):
             carried over, ours keep their defaults.
         teacher_model: For methods that read a teacher: a causal language model, a folder or a name
             on the Hub; None where the dataset has the columns, or for TVKD with ``alpha=0``.
-        teacher_ref_model: For ADPA: the teacher as it was before it was aligned.
+        teacher_ref_model: For ADPA, and for TVKD with a teacher and
+            ``potential="implicit_reward"``: the teacher as it was before it was aligned.
         teacher_processing_class: Their tokenizer; None loads the one from where they came from.
         oracle_model: For methods that read an oracle's rewards: a folder that `OracleTrainer`
             saved, or a model with a reward head; None where the dataset has the columns.
@@ -141,8 +142,8 @@ class PreferenceTrainer(ReadsModels):
             refuse("ref_model", f"None, since {reason}", type(ref_model).__name__)
         refuse_adapters(model, peft_config)
         models = {
-            "teacher_model": (teacher_model, teacher_processing_class),
             "teacher_ref_model": (teacher_ref_model, teacher_processing_class),
+            "teacher_model": (teacher_model, teacher_processing_class),
             "oracle_model": (oracle_model, oracle_processing_class),
         }
         self.cache = columns_of_teacher(args, teacher_model, train_dataset)
