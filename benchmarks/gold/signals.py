@@ -44,16 +44,20 @@ def signals_of(
     seeded = torch.Generator().manual_seed(int(sequences.sum()))  # other responses, other numbers
     noise = torch.randn(len(sequences), generator=seeded)
     true = (world.returns(sequences) / world.temperature).float()
-    log_ratios = logps["teacher_logps"] - logps["teacher_sft_logps"]
     of_teacher = states["teacher_states"], networks.teacher.head(), labels
     return {
         **states,
         **logps,
         **{name: teacher_shaping(*of_teacher, potential=name) for name in POTENTIALS},
         **{name: action_rewards(*of_teacher, reward=name) for name in get_args(ActionReward)},
-        # The next ones are logits of Bradley-Terry preferences. The running sum of the implicit
-        # reward is a potential of the prefix, 0 at the start: its shaping is the whole sum.
-        "implicit_reward": settings.teacher_beta * log_ratios,
+        # These and the next ones are logits of Bradley-Terry preferences.
+        "implicit_reward": teacher_shaping(
+            *of_teacher,
+            potential="implicit_reward",
+            reference_hidden=states["teacher_sft_states"],
+            reference_head=networks.teacher_sft.head(),
+            beta=settings.teacher_beta,
+        ),
         "oracle_reward": oracle,
         "small_oracle_reward": small_oracle,
         "true_reward": true,
