@@ -193,7 +193,7 @@ def _train_dpo(task: Task) -> None:
     def logps_of(sequences: Tensor) -> Tensor:
         return read(reference, sequences, task.world.prompt_length).logps.sum(1)
 
-    ref_logps = [torch.cat([*map(logps_of, side.split(CHUNK))]) for side in task.pairs]
+    ref_logps = [torch.cat([*map(logps_of, torch.split(side, CHUNK))]) for side in task.pairs]
 
     def loss_of(rows: Tensor) -> Tensor:
         sequences = torch.cat([side[rows] for side in task.pairs])
@@ -230,7 +230,7 @@ def _train_with_learned_rewards(task: Task) -> None:
     with torch.no_grad():
         rewards = [
             rewards_of(read(judge, each, task.world.prompt_length))
-            for each in sequences.split(CHUNK)
+            for each in torch.split(sequences, CHUNK)
         ]
     _train_soft_q(task, sequences, torch.cat(rewards))
 

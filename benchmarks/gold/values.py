@@ -160,7 +160,8 @@ def study_world(
     return Study(
         number,
         reads,
-        *(world.mean_at_start(world.policy_values(each)) for each in (behaviour, uniform)),
+        world.mean_at_start(world.policy_values(behaviour)),
+        world.mean_at_start(world.policy_values(uniform)),
         judge(exact, world, sequences, settings),
         teachers,
         time.process_time() - began,

@@ -42,8 +42,7 @@ READERS = {"states": "sees the state", "tokens": "reads tokens"}
 def print_report(console: Console, file: Path) -> None:
     """Print means over worlds with their intervals, for each kind of reader."""
     report = json.loads(file.read_text("utf-8"))
-    for reads, words in READERS.items():
-        studies = _studies(report, reads)
+    for reads, studies in _by_reader(report).items():
         teachers = _teachers(studies)
         teachers["true values"] = {
             key: np.array([study["exact"][key] for study in studies]) for key in studies[0]["exact"]
@@ -52,7 +51,7 @@ def print_report(console: Console, file: Path) -> None:
             table = Table(
                 Column("teacher", no_wrap=True),
                 *(column for column, _, _ in columns.values()),
-                title=f"{title}\n(teacher {words}; mean of {len(studies)} worlds, 95 % interval)",
+                title=f"{title}\n(teacher {READERS[reads]}; {len(studies)} worlds, 95 % interval)",
                 box=box.SIMPLE,
             )
             for name, numbers in teachers.items():
@@ -67,8 +66,11 @@ def print_report(console: Console, file: Path) -> None:
         console.print(f"return of {words}, world by world: {values}", highlight=False)
 
 
-def _studies(report: dict[str, Any], reads: str) -> list[dict[str, Any]]:
-    return [row for row in report["rows"] if row["reads"] == reads]
+def _by_reader(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        found.setdefault(row["reads"], []).append(row)
+    return found
 
 
 def _teachers(studies: list[dict[str, Any]]) -> dict[str, dict[str, Numbers]]:
@@ -91,7 +93,7 @@ def _cell(values: Numbers, form: str, with_interval: bool) -> str:
 def plot(file: Path, image: Path) -> None:
     """Correlations of every teacher with both true values: worlds, their mean and interval."""
     report = json.loads(file.read_text("utf-8"))
-    panels = {reads: _teachers(_studies(report, reads)) for reads in READERS}
+    panels = {reads: _teachers(studies) for reads, studies in _by_reader(report).items()}
     figure, axes = pyplot.subplots(
         len(panels),
         1,
@@ -128,10 +130,7 @@ def plot(file: Path, image: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("correlation with the true soft value at the same position")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", fontsize=8)
-    figure.suptitle(
-        f"{len(_studies(report, 'states'))} worlds (small marks), their mean and 95 % interval",
-        fontsize=10,
-    )
+    figure.suptitle("Worlds (small marks), their mean and 95 % interval", fontsize=10)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(image, dpi=130)
     pyplot.close(figure)

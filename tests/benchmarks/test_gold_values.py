@@ -188,7 +188,7 @@ def test_it_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         assert row["teachers"][0]["kl"] == pytest.approx(0, abs=1e-5)
         assert len({each["judged"]["std"] for each in row["teachers"]}) == len(row["teachers"])
     assert output.with_suffix(".png").is_file()
-    assert "teacher sees the state; mean of 2 worlds" in capsys.readouterr().out
+    assert "teacher sees the state; 2 worlds" in capsys.readouterr().out
 
     done, study_world = [], values.study_world
 
