@@ -217,7 +217,8 @@ def _train_with_learned_rewards(task: Task) -> None:
     judge = copy.deepcopy(task.model)
 
     def rewards_of(found: Read) -> Tensor:
-        return judge.reward_head(found.hidden[:, 1:]).squeeze(-1)  # type: ignore[no-any-return]  # a Tensor
+        rewards: Tensor = judge.reward_head(found.hidden[:, 1:])
+        return rewards.squeeze(-1)
 
     def loss_of(rows: Tensor) -> Tensor:
         sequences = torch.cat([side[rows] for side in task.pairs])
