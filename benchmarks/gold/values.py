@@ -27,7 +27,8 @@ from report import describe_run, write_json  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from runs import JUDGED, check_settings, write  # noqa: E402
-from settings import Budget, Settings, generator_of  # noqa: E402
+from settings import Settings, generator_of  # noqa: E402
+from tables import FIRST_SIZE, QUICK_SIZES, SIZES  # noqa: E402
 from torch import Tensor  # noqa: E402
 from value_metrics import (  # noqa: E402
     centred,
@@ -42,9 +43,6 @@ from world import World, sample_pairs  # noqa: E402
 
 from fastpref import linear_logsumexp, shaping_from_values  # noqa: E402
 
-QUICK_SETTINGS = Settings(
-    teacher_pairs=5000, sft=Budget(100, 100, 3e-3), teacher=Budget(50, 100, 5e-4)
-)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -91,7 +89,7 @@ class Study:
 def main(
     worlds: Annotated[int | None, typer.Option(min=1, help="How many: 5, or 2 if quick.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first look: teachers of a quarter of the training.")
+        bool, typer.Option("--quick", help="A first look: teachers with a quarter of the training.")
     ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Where finished worlds are kept, one JSON file each.")
@@ -105,7 +103,7 @@ def main(
     kind = "values-quick" if quick else "values"
     folder = folder or HERE / "outputs" / kind
     study(
-        QUICK_SETTINGS if quick else Settings(),
+        (QUICK_SIZES if quick else SIZES)[FIRST_SIZE],
         worlds or (2 if quick else 5),
         folder,
         output or (folder if quick else HERE / "results") / f"{kind}.json",
