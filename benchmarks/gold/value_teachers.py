@@ -44,7 +44,7 @@ TEACHERS = {
     "soft Q, true rewards": Recipe("true rewards", "SFT"),
     "soft Q, learned rewards": Recipe("learned rewards", "SFT"),
 }
-# A large network takes most of the time, and what it cannot see no objective tells it.
+# The large network takes most of the time: fewer of it.
 OF_READER: dict[Reads, tuple[str, ...]] = {
     "states": tuple(TEACHERS),
     "tokens": (
