@@ -29,10 +29,12 @@ def fit(
     rows: int,
     budget: Budget,
     generator: torch.Generator,
+    *,
+    weight_decay: float = 0.0,
 ) -> None:
-    """AdamW without decay, a warm-up of a tenth, then a cosine to zero; gradients clipped at 1."""
+    """AdamW, a warm-up of a tenth, then a cosine to zero; gradients clipped at 1."""
     model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=budget.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=budget.rate, weight_decay=weight_decay)
     warm_up = max(1, budget.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -200,7 +202,7 @@ def train_student(
 def relabelled(world: World, number: int, data: Data, right: float) -> Data:
     """The pairs with labels that agree with the true rewards with a probability."""
     chosen, rejected = (world.returns(data[side]["sequences"]) for side in ("chosen", "rejected"))
-    draws = torch.rand(len(chosen), generator=generator_of(number, 9))
+    draws = torch.rand(len(chosen), generator=generator_of(number, 10))
     swap = (chosen > rejected) != (draws < right)
 
     def pick(one: Tensor, other: Tensor) -> Tensor:
