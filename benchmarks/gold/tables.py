@@ -102,9 +102,7 @@ def _of_oracle(reward: str, group: str) -> Method:
 
 OF_SIZES = (
     "DPO",
-    "d-DPO, implicit reward",
     "DRDO",
-    "VanillaKD",
     "DCKD",
     "ADPA",
     "TVKD, value",
