@@ -69,7 +69,7 @@ def summarize(
     *,
     against: str,
 ) -> list[Gain]:
-    """Every method at every KL, best first at the last one; ``against`` is one of the methods."""
+    """Every method at every KL; ``against`` is one of the methods."""
     gains = {
         method: np.array(
             [gains_at(each, start, kls) for each, start in zip(worlds, starts, strict=True)]
@@ -77,7 +77,7 @@ def summarize(
         for method, worlds in points.items()
     }
     rows = []
-    for method in sorted(gains, key=lambda name: -gains[name][:, -1].mean()):
+    for method in gains:
         ahead = gains[method] - gains[against]
         columns = (
             gains[method].mean(0),

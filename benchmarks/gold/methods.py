@@ -39,12 +39,12 @@ class Method:
     order: int = 0  # another number: another order of the batches
 
 
-ALONE, OTHERS = "pairs alone", "other models too"
+ALONE, COPIED, JUDGED = "pairs alone", "a teacher is copied", "a model judges pairs"
 
 
 def ddpo(reward: str) -> Method:
     """Log-ratios regressed onto one model's rewards."""
-    return Method(OTHERS, "edpo", ("beta",), BETAS, signals={"oracle_rewards": reward})
+    return Method(JUDGED, "edpo", ("beta",), BETAS, signals={"oracle_rewards": reward})
 
 
 def tvkd(group: str, shaping: str, gap: float | None = None, **options: Any) -> Method:
@@ -54,7 +54,7 @@ def tvkd(group: str, shaping: str, gap: float | None = None, **options: Any) -> 
 
 
 DPO = Method(ALONE, "dpo", ("beta",), BETAS)
-DRDO = Method(OTHERS, "drdo", ("alpha",), DRDO_WEIGHTS, {"length_normalize": True})
+DRDO = Method(JUDGED, "drdo", ("alpha",), DRDO_WEIGHTS, {"length_normalize": True})
 
 METHODS: dict[str, Method] = {
     "SFT": Method(ALONE, "sft", (), SHARES_OF_STEPS, sides=("chosen",)),
@@ -69,19 +69,19 @@ METHODS: dict[str, Method] = {
     "d-DPO": ddpo("oracle_reward"),
     "d-DPO, implicit reward": ddpo("implicit_reward"),
     "e-DPO": Method(
-        OTHERS,
+        JUDGED,
         "edpo",
         ("beta",),
         BETAS,
         signals={"oracle_rewards": ("oracle_reward", "small_oracle_reward", "implicit_reward")},
     ),
     "DRDO": DRDO,
-    "SeqKD": Method(OTHERS, "seqkd", (), SHARES_OF_STEPS, sides=("teacher",)),
+    "SeqKD": Method(COPIED, "seqkd", (), SHARES_OF_STEPS, sides=("teacher",)),
     "VanillaKD": Method(
-        OTHERS, "vanilla_kd", (), SHARES_OF_STEPS, sides=("chosen",), divergence=FORWARD_KL
+        COPIED, "vanilla_kd", (), SHARES_OF_STEPS, sides=("chosen",), divergence=FORWARD_KL
     ),
     "GKD": Method(
-        OTHERS,
+        COPIED,
         "gkd",
         (),
         SHARES_OF_STEPS,
@@ -89,9 +89,9 @@ METHODS: dict[str, Method] = {
         divergence={"kind": "jsd"},
         on_policy=0.5,
     ),
-    "DPKD": Method(OTHERS, "dpkd", ("beta",), BETAS_PER_TOKEN, sides=("teacher", "student")),
+    "DPKD": Method(COPIED, "dpkd", ("beta",), BETAS_PER_TOKEN, sides=("teacher", "student")),
     "DPKD, by token": Method(
-        OTHERS,
+        COPIED,
         "dpkd_token",
         ("weight",),
         WEIGHTS,
@@ -99,18 +99,18 @@ METHODS: dict[str, Method] = {
         divergence={"kind": "token_preference"},
     ),
     "DCKD": Method(
-        OTHERS, "dckd", ("chosen_weight", "rejected_weight"), WEIGHTS, divergence=FORWARD_KL
+        COPIED, "dckd", ("chosen_weight", "rejected_weight"), WEIGHTS, divergence=FORWARD_KL
     ),
     "ADPA": Method(
-        OTHERS,
+        COPIED,
         "adpa",
         ("weight",),
         WEIGHTS,
         sides=("chosen", "student"),
         divergence={"kind": "advantage"},
     ),
-    "TVKD, value": tvkd(OTHERS, "value"),
-    "TVKD, value, no reference": tvkd(OTHERS, "value", ref_logps=None),
-    "TVKD, implicit reward": tvkd(OTHERS, "implicit_reward"),
-    "TVKD, implicit reward, alpha 10": tvkd(OTHERS, "implicit_reward", alpha=10.0),
+    "TVKD, value": tvkd(JUDGED, "value"),
+    "TVKD, value, no reference": tvkd(JUDGED, "value", ref_logps=None),
+    "TVKD, implicit reward": tvkd(JUDGED, "implicit_reward"),
+    "TVKD, implicit reward, alpha 10": tvkd(JUDGED, "implicit_reward", alpha=10.0),
 }

@@ -55,7 +55,8 @@ def _gains(report: Report, size: str) -> str:
         "by reward head",
     ]
     rows = []
-    for method in dict.fromkeys(row["method"] for row in gains):
+    best_first = sorted(gains, key=lambda row: -row["gain"])
+    for method in [row["method"] for row in best_first if row["kl"] == ahead_at]:
         found = {row["kl"]: row for row in gains if row["method"] == method}
         ahead = [found[ahead_at][name] for name in ("ahead", "ahead_low", "ahead_high")]
         runs = [row for row in report["rows"] if (row["size"], row["method"]) == (size, method)]
