@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_number, refuse
+from fastpref.data.rows import SHOWN
 from fastpref.data.tokens import TokenizedPair, check_max_length, check_same_vocabulary
 from fastpref.extras import require_extra
 from fastpref.inspection.files import read_files
@@ -220,7 +221,9 @@ def _inspection(
     ]
     facts = {**facts, "pairs": str(len(pairs)), "tokens": f"{sum(map(sum, counts)):,}"}
     if chosen.skipped:
-        facts["left out"] = f"{len(chosen.skipped)} rows: {', '.join(map(str, chosen.skipped))}"
+        first = ", ".join(map(str, chosen.skipped[:SHOWN]))
+        more = " …" if len(chosen.skipped) > SHOWN else ""
+        facts["left out"] = f"{len(chosen.skipped)} rows: {first}{more}"
     return Inspection(measures, list(map(verdict, measures)), facts, signals, shown, student_gaps)
 
 
