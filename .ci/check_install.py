@@ -93,7 +93,9 @@ def check_wheel(wheel: Path, source: Path) -> None:
     modules = glob("fastpref/**/*.py", root_dir=source, recursive=True)
     packed = zipfile.ZipFile(wheel).namelist()
     ours = [name for name in packed if ".dist-info/" not in name]
-    assert sorted(ours) == sorted([*modules, "fastpref/py.typed"]), ours
+    others = glob("fastpref/inspection/template/*", root_dir=source)
+    assert len(others) == 3, others
+    assert sorted(ours) == sorted([*modules, *others, "fastpref/py.typed"]), ours
     assert "fastpref/kernels/tiles.py" in ours
 
 
@@ -136,6 +138,10 @@ def check_teacher() -> None:
     shaping = [row[f"{side}_shaping"] for side in ("chosen", "rejected") for row in rows]
     assert torch.equal(batch["shaping"], torch.tensor(shaping))
     assert batch["labels"].shape[0] == 14
+    arguments = ("--teacher", "teacher", "--dataset", "pairs.jsonl", "--output", "report.html")
+    done = command("inspect", *arguments)
+    assert done.returncode == 0 and "report.html" in done.stdout, done
+    assert "</html>" in Path("report.html").read_text("utf-8")
 
 
 def check_trl() -> None:
@@ -168,6 +174,7 @@ def check_package() -> None:
     """What is imported is what was installed, whole."""
     import fastpref
     import fastpref.data
+    import fastpref.inspection
     import fastpref.models
     import fastpref.parallel
     import fastpref.teacher
@@ -215,6 +222,7 @@ def check_loss() -> None:
 def check_advice() -> None:
     """What needs an extra says which, in an ImportError of ours."""
     from fastpref import collate_pairs
+    from fastpref.inspection import inspect_teacher, inspect_values
     from fastpref.models import load_reward_head
     from fastpref.teacher import add_kd_cache, add_shaping, load_shaping, load_teacher, read_rows
 
@@ -224,6 +232,8 @@ def check_advice() -> None:
         ("load_reward_head", "teacher", lambda: load_reward_head(None, ".")),
         ("add_shaping", "teacher", lambda: add_shaping([], None, None, "out.parquet")),
         ("add_kd_cache", "teacher", lambda: add_kd_cache([], None, None, "out.parquet", top_k=1)),
+        ("inspect_teacher", "teacher", lambda: inspect_teacher([], None, None)),
+        ("inspect_values", "teacher", lambda: inspect_values("pairs.parquet", None)),
         ("load_shaping", "teacher", lambda: load_shaping("pairs.parquet")),
         ("load_teacher", "teacher", lambda: load_teacher("teacher")),
         ("read_rows", "teacher", lambda: read_rows("pairs.parquet")),

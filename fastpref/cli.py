@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastpref import __version__
+from fastpref.checks import refuse
 from fastpref.data import read_rows
 from fastpref.extras import require_extra
+from fastpref.inspection import Inspection, inspect_teacher, inspect_values, write_page
+from fastpref.inspection.inspecting import check_inspection
+from fastpref.inspection.page import check_page
+from fastpref.inspection.verdicts import kind_of, shortly
 from fastpref.teacher import add_kd_cache, add_shaping, load_teacher
 from fastpref.teacher.kd_cache import check_kd_options
 from fastpref.teacher.model import Dtype, load_model, load_student, load_tokenizer, this_process
@@ -206,6 +211,120 @@ def kd_cache(
     )
     columns = [one for one in found.column_names if "_teacher_" in one]
     _report(output, len(found), ", ".join(columns))
+
+
+@app.command()
+def inspect(
+    output: Annotated[Path, typer.Option(help="The .html file to write.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="As for values. With --values only its tokenizer is loaded, by default "
+            "from where the file says."
+        ),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Preference pairs, as for values.")] = None,
+    values: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What fastpref values --per-token wrote, instead of a dataset; may be given "
+            "several times, for other potentials of the same rows."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that the teacher's preference training started from, for its implicit "
+            "reward."
+        ),
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="The model that would be trained, to compare sizes with.")
+    ] = None,
+    beta: Annotated[
+        float, typer.Option(help="Scales the student's log-probs and the implicit reward.")
+    ] = 0.1,
+    pairs: Annotated[
+        int, typer.Option(help="How many rows are read, spread evenly over the dataset.")
+    ] = 200,
+    split: Split = "train",
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sequences after so many tokens.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    skip_bad_rows: SkipBadRows = False,
+    dtype: TeachersDtype = "auto",
+    device_map: DeviceMap = None,
+) -> None:
+    """Ask whether a teacher tells your pairs apart, before you train with it.
+
+    Prints a verdict on each of its signals, and writes a page with the numbers, plots, and the
+    shaping of every token of every pair. The page has the text of the pairs in it.
+    """
+    check_page(output)
+    check_inspection(beta, pairs, max_length, batch_size)
+    beside_values: dict[str, object] = {
+        "dataset": dataset,
+        "reference": reference,
+        "split": None if split == "train" else split,
+        "max_length": max_length,
+    }
+    _check_source(teacher, dataset, values, beside_values)
+    _be_quiet()
+    placed: Any = {"dtype": dtype, "device_map": device_map}
+    options: dict[str, Any] = {
+        "beta": beta,
+        "pairs": pairs,
+        "batch_size": batch_size,
+        "skip_bad_rows": skip_bad_rows,
+    }
+    if student is not None:
+        model, tokenizer = load_model("student", student, **placed)
+        options |= {"student": model, "student_tokenizer": tokenizer}
+    if values:
+        name = teacher or read_settings(values[0])["tokenizer"]
+        found = inspect_values(values, load_tokenizer("teacher", name), **options)
+    else:
+        assert dataset is not None and teacher is not None  # checked above
+        rows = read_rows(dataset, split)
+        if reference is not None:
+            model, tokenizer = load_model("reference", reference, **placed)
+            options |= {"reference": model, "reference_tokenizer": tokenizer}
+        options["max_length"] = max_length
+        found = inspect_teacher(rows, *load_teacher(teacher, **placed), **options)
+    write_page(found, output)
+    _print_verdicts(found)
+    typer.echo(f"{output}: the numbers, plots and {len(found.pairs)} pairs")
+
+
+def _check_source(
+    teacher: str | None,
+    dataset: str | None,
+    values: list[Path] | None,
+    beside_values: dict[str, object],
+) -> None:
+    """Refuse to look at nothing, or at two things; and what files have settled already."""
+    if values:
+        for name, given in beside_values.items():
+            if given is not None:
+                refuse(name, "none with --values", repr(given))
+    else:
+        for name, given in (("teacher", teacher), ("dataset", dataset)):
+            if given is None:
+                refuse(name, f"--{name} (or --values with a file)", "none")
+
+
+def _print_verdicts(found: Inspection) -> None:
+    """A table of the shares, and below it the verdicts in sentences."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("signal", "chosen first", "length taken out", "verdict")
+    for one in found.measures:
+        shares = map(shortly, (one.ranked_first, one.without_length))
+        table.add_row(one.name, *shares, kind_of(one))
+    console = Console(markup=False, highlight=False)
+    console.print(table, *found.verdicts, sep="\n")
 
 
 def _be_quiet() -> None:

@@ -9,6 +9,7 @@ import torch
 
 import fastpref
 import fastpref.data
+import fastpref.inspection
 import fastpref.models
 import fastpref.teacher
 
@@ -19,6 +20,7 @@ FUNCTIONS = {
         (fastpref.losses, fastpref.losses.METHODS),
         (fastpref.models, fastpref.models.__all__),
         (fastpref.data, fastpref.data.__all__),
+        (fastpref.inspection, fastpref.inspection.__all__),
         (fastpref.teacher, fastpref.teacher.__all__),
     )
     for name in names

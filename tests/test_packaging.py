@@ -48,10 +48,11 @@ class Missing:
     def find_spec(self, name, path=None, target=None):
         if name in LIBRARIES:
             raise ModuleNotFoundError(f"No module named {name!r}")
-LIBRARIES = {"accelerate", "datasets", "numpy", "packaging", "pyarrow", "safetensors", "tqdm",
-             "transformers", "triton", "trl", "typer"}
+LIBRARIES = {"accelerate", "datasets", "numpy", "packaging", "pyarrow", "rich", "safetensors",
+             "tqdm", "transformers", "triton", "trl", "typer"}
 sys.meta_path.insert(0, Missing())
-import fastpref, fastpref.data, fastpref.models, fastpref.parallel, fastpref.teacher
+import fastpref, fastpref.data, fastpref.inspection, fastpref.models, fastpref.parallel
+import fastpref.teacher
 print(fastpref.__version__)
 """
 
@@ -106,7 +107,8 @@ MAY_IMPORT = {
         *("checks", "data", "extras", "losses", "models"),
         *("ops", "responses", "sequences", "teacher"),
     ),
-    "cli": ("__version__", "data", "extras", "teacher"),
+    "inspection": ("checks", "data", "extras", "models", "ops", "sequences", "teacher"),
+    "cli": ("__version__", "checks", "data", "extras", "inspection", "teacher"),
     "__main__": ("cli",),
     "__init__": (
         *("data", "linear_losses", "losses", "ops"),

@@ -66,9 +66,9 @@ def precompute(
     """Write a dataset with the columns of a job, or go on where an earlier run was stopped."""
     models = [one for one in (model, job.reference) if one is not None]
     heads = [lm_head_of(one.eval()) for one in models]
-    rows = _rows_of(dataset)
+    rows = rows_of(dataset)
     pairs, bad = tokenize_rows(
-        rows, tokenizer, max_length=max_length, context_length=_context_length(models)
+        rows, tokenizer, max_length=max_length, context_length=context_length(models)
     )
     if bad and not skip_bad_rows:
         raise BadRowsError(bad)
@@ -98,7 +98,7 @@ def precompute(
         if job.reference is not None:
             given += [read[1][0].to(states.device), head_on(heads[1], states.device)]
         results = job.of_batch(*given)
-        _check_finite(results[job.finite], results.get(COUNTS), batch)
+        check_finite(results[job.finite], results.get(COUNTS), batch)
         finished.save(number, {name: stored(values) for name, values in results.items()})
     state.wait_for_everyone()
     if state.is_main_process:
@@ -125,7 +125,7 @@ def check_run(output: Path, max_length: int | None, batch_size: int) -> None:
     check_max_length(max_length)
 
 
-def _context_length(models: list[Any]) -> int | None:
+def context_length(models: list[Any]) -> int | None:
     """The most tokens that all of the models read; None where none of them says."""
     configs = [model.config.get_text_config() for model in models]
     lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
@@ -158,7 +158,7 @@ def read_states(
     return states.to(head.weight.device), labels.to(head.weight.device)
 
 
-def _check_finite(values: Tensor, counts: Tensor | None, batch: list[TokenizedPair]) -> None:
+def check_finite(values: Tensor, counts: Tensor | None, batch: list[TokenizedPair]) -> None:
     """Refuse numbers of responses, or with ``counts`` of their tokens, that are not finite.
 
     Of several numbers of a token the first says it.
@@ -177,7 +177,7 @@ def _check_finite(values: Tensor, counts: Tensor | None, batch: list[TokenizedPa
     )
 
 
-def _rows_of(dataset: Any) -> Any:
+def rows_of(dataset: Any) -> Any:
     """A dataset as it is, anything else as a list of rows."""
     if isinstance(dataset, str | Path):
         dataset = read_rows(str(dataset))
