@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,19 @@ STARTS = {
 
 
 def tables(report: Report) -> str:
-    """All tables: the gains in every size, what the signals know, where the worlds start."""
+    """All tables: the gains in every size, what the signals know, where the worlds start.
+
+    docs/evidence.md has the first two as they are printed; a test holds it to the results.
+    """
     parts = []
     for size in report["sizes"]:
         starts = [start for start in report["starts"] if start["size"] == size]
         parts += [
             f"Teacher and student {size}, {len(starts)} worlds: true return above the SFT student's"
             f" with 95 % intervals, and how it ranks pairs",
-            _gains(report, size),
+            gains(report, size),
             f"Teacher and student {size}: share of pairs that a signal ranks as the true rewards",
-            _signals(starts),
+            signals(starts),
             f"Teacher and student {size}: every world's start",
             _markdown(
                 ["", *(f"world {start['world']}" for start in starts)],
@@ -43,9 +46,10 @@ def tables(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _gains(report: Report, size: str) -> str:
-    gains = [row for row in report["gains"] if row["size"] == size]
-    kls = list(dict.fromkeys(row["kl"] for row in gains))
+def gains(report: Report, size: str) -> str:
+    """Every method's gains in one size, the best first."""
+    found_of_size = [row for row in report["gains"] if row["size"] == size]
+    kls = list(dict.fromkeys(row["kl"] for row in found_of_size))
     ahead_at = kls[-2]  # further on, some methods have no student
     header = [
         "method",
@@ -55,9 +59,9 @@ def _gains(report: Report, size: str) -> str:
         "by reward head",
     ]
     rows = []
-    best_first = sorted(gains, key=lambda row: -row["gain"])
+    best_first = sorted(found_of_size, key=lambda row: -row["gain"])
     for method in [row["method"] for row in best_first if row["kl"] == ahead_at]:
-        found = {row["kl"]: row for row in gains if row["method"] == method}
+        found = {row["kl"]: row for row in found_of_size if row["method"] == method}
         ahead = [found[ahead_at][name] for name in ("ahead", "ahead_low", "ahead_high")]
         runs = [row for row in report["rows"] if (row["size"], row["method"]) == (size, method)]
         rows.append(
@@ -82,7 +86,8 @@ def _accuracy(runs: Sequence[dict[str, Any]], name: str, kl: float) -> str:
     return f"{np.mean(found):.1%}" if found and None not in found else ""
 
 
-def _signals(starts: Sequence[dict[str, Any]]) -> str:
+def signals(starts: Sequence[dict[str, Any]]) -> str:
+    """How often each signal ranks the better response first."""
     rows = []
     for name in starts[0]["ranking"]:
         shares = np.array([start["ranking"][name] for start in starts])
@@ -95,6 +100,9 @@ def _with_interval(mean: float, low: float, high: float) -> str:
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns that no row has anything in."""
+    kept = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    lines = [[line[place] for place in kept] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(kept))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
