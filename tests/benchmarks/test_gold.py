@@ -23,7 +23,7 @@ import train  # noqa: E402
 from methods import METHODS  # noqa: E402
 from models import Decoder, labels_of, measure  # noqa: E402
 from settings import Budget, Settings, generator_of  # noqa: E402
-from show import tables  # noqa: E402
+from show import gains, tables  # noqa: E402
 from step import batch_loss  # noqa: E402
 from tables import TABLES  # noqa: E402
 from train import relabelled, student_data, train_networks, train_student  # noqa: E402
@@ -231,6 +231,13 @@ def test_losses_read_the_right_signals(trained):
     ]
     implicit = SETTINGS.teacher_beta * (logps[0] - logps[1]).sum((1, 2))
     torch.testing.assert_close(tensors["implicit_reward"], implicit, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_the_docs_are_those_of_the_results(name):
+    report = json.loads((GOLD / "results" / f"{name}.json").read_text("utf-8"))
+    evidence = (GOLD.parents[1] / "docs" / "evidence.md").read_text("utf-8")
+    assert report["sizes"] and all(gains(report, size) in evidence for size in report["sizes"])
 
 
 def test_methods_of_a_panel_have_as_many_strengths():
