@@ -83,25 +83,31 @@ def test_every_public_name_is_documented(name):
 # What each part may import of fastpref besides itself.
 MAY_IMPORT = {
     "checks": (),
+    "derivatives": (),
     "extras": (),
     "kernels": (),
     "data": ("checks", "extras"),
     "sequences": ("checks",),
     "ops": (
         "checks",
+        "derivatives",
         "kernels.divergences",
         "kernels.logsumexp",
         "kernels.statistics",
         "kernels.tiles",
         "parallel",
     ),
-    "parallel": ("checks", "ops"),  # ops imports it where a head is spread over processes
+    # ops imports it where a head is spread over processes
+    "parallel": ("checks", "derivatives", "ops"),
     "responses": ("checks", "sequences"),
     "rewards": ("checks", "ops", "sequences"),
-    "losses": ("checks", "kernels.pair_losses", "ops.backend", "responses", "sequences"),
+    "losses": (
+        *("checks", "derivatives", "kernels.pair_losses", "ops.backend"),
+        *("responses", "sequences"),
+    ),
     "linear_losses": ("checks", "losses", "ops", "responses", "sequences"),
     "models": ("checks", "extras", "ops", "rewards"),
-    "teacher": ("checks", "data", "extras", "models", "ops", "sequences"),
+    "teacher": ("checks", "data", "derivatives", "extras", "models", "ops", "sequences"),
     "integrations": (),
     "integrations.trl": (
         *("checks", "data", "extras", "losses", "models"),

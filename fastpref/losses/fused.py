@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.derivatives import first_derivative_only, refuse_transforms
 from fastpref.losses.drdo import DRDOOutput, drdo_output
 from fastpref.losses.pairs import LossOutput, pair_output
 from fastpref.responses import Responses, Tokens
@@ -59,6 +60,7 @@ def _pair_losses(
     length_normalize: bool,
 ) -> tuple[Tensor, Tensor, Responses]:
     """Losses (B,), their terms (2, B), and the sums without weights."""
+    refuse_transforms(f"fastpref.losses.{loss} (on GPUs)", (*tokens, x, y))
     losses, terms, sums, lengths, *_ = pair_losses_op(
         loss,
         tokens.logps.reshape(-1),
@@ -110,17 +112,19 @@ def _(loss: str, logps: Tensor, mask: Tensor, offsets: Tensor, *_: Any) -> tuple
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, mask, offsets, *_ = inputs
+    _, logps, mask, offsets, _, x, *_ = inputs
     _, terms, _, lengths, by_logps, by_x = output
     ctx.mark_non_differentiable(terms, lengths, by_logps, by_x)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(mask, offsets, by_logps, by_x)
+    # The last two are what the derivatives depend on, for `first_derivative_only`.
+    ctx.save_for_backward(mask, offsets, by_logps, by_x, logps, x)
 
 
+@first_derivative_only("fastpref.losses.tvkd, drdo (on GPUs)")
 def _backward(
     ctx: Any, losses_gradient: Tensor | None, _terms: None, sums_gradient: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    mask, offsets, by_logps, by_x = ctx.saved_tensors
+    mask, offsets, by_logps, by_x, *_ = ctx.saved_tensors
     sequence = sequence_of_position(by_logps.shape[0], offsets)
     gradient, x_gradient = torch.zeros_like(by_logps), None
     if losses_gradient is not None:

@@ -38,6 +38,12 @@ def tile_functions(tensor: Tensor) -> ModuleType:
     return triton_tiles
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is enabled for a device; PyTorch answers for those that have it only."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

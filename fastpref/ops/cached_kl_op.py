@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.derivatives import first_derivative_only
 from fastpref.ops.linear_logps_op import (
     LEFT_FOR_BACKWARD,
     Found,
@@ -99,6 +100,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
 
 
+@first_derivative_only("fastpref.linear_cached_kl")
 def _backward(
     ctx: Any,
     from_divergence: Tensor | None,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from fastpref.checks import (
     check_device,
@@ -19,6 +18,7 @@ from fastpref.checks import (
     check_shape,
     refuse,
 )
+from fastpref.ops.backend import autocasts
 from fastpref.ops.torch_tiles import LogitTransform
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ def prepare_head(
         check_floating(f"{prefix}bias", bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_head(hidden, weight, bias, prefix=prefix)
-    _refuse_tangents(hidden, weight, bias)
     return PreparedHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, shard)
 
 
@@ -197,22 +196,11 @@ def _is_distributed(*tensors: Tensor | None) -> bool:
     return any(type(tensor).__name__ == "DTensor" for tensor in tensors)
 
 
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Refuse forward-mode derivatives, which a custom operator would silently take for zero."""
-    if torch.compiler.is_compiling():
-        return
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]  # torch's own
-            raise NotImplementedError("fastpref has no forward-mode derivatives (jvp, jacfwd)")
-
-
 def _autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What ``torch.nn.functional.linear`` does to its arguments under autocast."""
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocasts(hidden.device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_device, check_floating, check_shape, refuse
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops.cached_kl_op import cached_kl_ops
 from fastpref.ops.head import Head, PreparedHead, prepare_labelled
 from fastpref.ops.linear_divergence import DivergenceWithStats
@@ -15,6 +16,7 @@ from fastpref.ops.operands import Operands
 from fastpref.ops.teacher_means import TeacherMeans, refuse_softcap
 
 
+@plain_autograd_only
 def linear_cached_kl(
     student_hidden: Tensor,
     student_head: Head | Tensor,
@@ -76,6 +78,7 @@ def linear_cached_kl(
     ).divergence
 
 
+@plain_autograd_only
 def linear_cached_kl_with_stats(
     student_hidden: Tensor,
     student_head: Head | Tensor,

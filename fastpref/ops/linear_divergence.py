@@ -20,6 +20,7 @@ from fastpref.checks import (
     check_shape,
     refuse,
 )
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops.divergence_rows import Comparison
 from fastpref.ops.divergences import KINDS, Settings
 from fastpref.ops.head import Head, PreparedHead, cut_alike, prepare_head
@@ -41,6 +42,7 @@ class DivergenceWithStats(NamedTuple):
     is_top1: Tensor  # bool: no logit of the student is larger than the label's
 
 
+@plain_autograd_only
 def linear_divergence(
     student_hidden: Tensor,
     student_head: Head | Tensor,
@@ -154,6 +156,7 @@ def linear_divergence(
     return _call(student, teacher, reference, labels, options, stats=False).divergence
 
 
+@plain_autograd_only
 def linear_divergence_with_stats(
     student_hidden: Tensor,
     student_head: Head | Tensor,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.derivatives import first_derivative_only
 from fastpref.ops.backend import operand_dtype, statistics_dtype
 from fastpref.ops.divergence_backward import backward_ops, by_jacobian_ops
 from fastpref.ops.divergence_rows import SCHEMA as COMPARISON_SCHEMA
@@ -239,4 +240,5 @@ def backward(
 
 
 for op in linear_divergence_ops:
-    op.register_autograd(backward, setup_context=setup_context)
+    once = first_derivative_only("fastpref.linear_divergence")(backward)
+    op.register_autograd(once, setup_context=setup_context)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_labels, check_scratch_bytes, check_shape
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops.head import Head, PreparedHead, prepare_head
 from fastpref.ops.linear_logps_op import Found, linear_logps_ops
 from fastpref.ops.operands import Operands
@@ -25,6 +26,7 @@ class LogpsWithStats(NamedTuple):
     is_top1: Tensor  # bool: no logit is larger than the label's
 
 
+@plain_autograd_only
 def linear_logps(
     hidden: Tensor,
     head: Head | Tensor,
@@ -84,6 +86,7 @@ def linear_logps(
     ).logps  # fmt: skip
 
 
+@plain_autograd_only
 def linear_logps_with_stats(
     hidden: Tensor,
     head: Head | Tensor,
@@ -125,6 +128,7 @@ def linear_logps_with_stats(
     )  # fmt: skip
 
 
+@plain_autograd_only
 def linear_logsumexp(hidden: Tensor, head: Head | Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""The soft value of every position under a language-model head, without the logits.
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.derivatives import first_derivative_only
 from fastpref.ops.backend import operand_dtype, statistics_dtype
 from fastpref.ops.backward import LogitGradients, gradients
 from fastpref.ops.forward import read, read_with_jacobian
@@ -231,6 +232,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
 
 
+@first_derivative_only("fastpref.linear_logps, linear_logsumexp")
 def _backward(
     ctx: Any, from_logps: Tensor | None, from_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_labels, check_shape, refuse
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops.head import Head, prepare_head
 from fastpref.ops.linear_stats_op import Partial, Sums, linear_stats_ops
 from fastpref.ops.operands import Operands
@@ -52,6 +53,7 @@ FORMULAS: dict[str, Callable[[_Row], Tensor]] = {
 OF_LABELS = {"target_logit", "target_logp", "is_top1"}
 
 
+@plain_autograd_only
 def linear_stats(
     hidden: Tensor,
     head: Head | Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref.checks import check_beside, check_number
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops import token_preference_op
 from fastpref.ops.head import Head, cut_alike, prepare_labelled
 from fastpref.ops.operands import Operands
@@ -14,6 +15,7 @@ from fastpref.ops.token_preference_op import token_preference_ops
 from fastpref.ops.topk_op import Found, topk_ops
 
 
+@plain_autograd_only
 def linear_token_preference(
     student_hidden: Tensor,
     student_head: Head | Tensor,

@@ -15,6 +15,7 @@ from fastpref.checks import (
     check_shape,
     refuse,
 )
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops.backend import statistics_dtype
 from fastpref.ops.divergences import times
 from fastpref.ops.head import Head, prepare_labelled
@@ -30,6 +31,7 @@ OF_TOKENS = {"drop": drop, "renormalize": renormalize, "expectation": expectatio
 LOGPS, VALUES = ("token_logps", -torch.inf), ("token_values", 0.0)
 
 
+@plain_autograd_only
 def linear_topk_divergence(
     student_hidden: Tensor,
     student_head: Head | Tensor,
@@ -104,6 +106,7 @@ def linear_topk_divergence(
     return _call(student_hidden, student_head, labels, *given, stats=False).divergence
 
 
+@plain_autograd_only
 def linear_topk_divergence_with_stats(
     student_hidden: Tensor,
     student_head: Head | Tensor,
@@ -153,6 +156,7 @@ def linear_topk_divergence_with_stats(
     return _call(student_hidden, student_head, labels, *given, stats=True)
 
 
+@plain_autograd_only
 def linear_topk_expectation(
     student_hidden: Tensor,
     student_head: Head | Tensor,

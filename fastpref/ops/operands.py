@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
-from fastpref.ops.backend import multiply, operand_dtype
+from fastpref.ops.backend import autocasts, multiply, operand_dtype
 from fastpref.ops.tiling import Tiling, grid_by_columns
 from fastpref.ops.torch_tiles import LogitTransform
 
@@ -40,6 +41,7 @@ def register(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], schema: str
 ) -> OperatorPair:
     """Register ``function`` as an operator that begins with `Operands`."""
+    function = _without_autocast(function)
     pair = OperatorPair(
         custom_op(f"fastpref::{name}", function, mutates_args=(), schema=schema),
         custom_op(
@@ -50,6 +52,22 @@ def register(
     for op in pair:
         op.register_fake(fake)
     return pair
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same where the operands alone say in which dtypes it computes.
+
+    They have been cast, and what is wider, a sum or a gathered row, is so for its digits.
+    """
+
+    @functools.wraps(function)
+    def call(hidden: Tensor, *more: Any) -> Any:
+        if not autocasts(hidden.device):
+            return function(hidden, *more)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(hidden, *more)
+
+    return call
 
 
 NO_LABEL = -1  # of a row that is projected without one

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import check_device, check_floating, refuse
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops.head import Head, PreparedHead, as_head, prepare_labelled
 from fastpref.ops.operands import Operands
 from fastpref.ops.teacher_means_op import Found, teacher_means_ops
@@ -24,6 +25,7 @@ class TeacherMeans(NamedTuple):
     entropy: Tensor  # (...) of p, in nats
 
 
+@plain_autograd_only
 def teacher_means(
     teacher_hidden: Tensor,
     teacher_head: Head | Tensor,

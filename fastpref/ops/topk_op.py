@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.derivatives import first_derivative_only
 from fastpref.ops.backend import multiply, statistics_dtype
 from fastpref.ops.divergence_rows import product
 from fastpref.ops.linear_logps_op import empty_gradients, incoming, rows_read
@@ -199,6 +200,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
 
 
+@first_derivative_only(
+    "fastpref.linear_topk_divergence, linear_topk_expectation, linear_token_preference"
+)
 def _backward(
     ctx: Any, from_logits: Tensor | None, from_rest: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:

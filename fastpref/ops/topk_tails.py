@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.derivatives import first_derivative_only
 from fastpref.ops.divergences import times
 
 
@@ -103,11 +104,12 @@ def _(log_q: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])  # the latter for `first_derivative_only`
 
 
+@first_derivative_only("fastpref.linear_topk_divergence")
 def _backward(ctx: Any, incoming: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-    (gradient,) = ctx.saved_tensors
+    gradient, _ = ctx.saved_tensors
     return gradient * incoming.unsqueeze(1), None
 
 

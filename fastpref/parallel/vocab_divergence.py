@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from fastpref.derivatives import first_derivative_only
 from fastpref.ops.backend import operand_dtype
 from fastpref.ops.divergence_backward import gradients_of_operands
 from fastpref.ops.divergence_rows import (
@@ -117,7 +117,7 @@ class _ShardedDivergence(Function):
         return found[:4]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("fastpref.linear_divergence")
     def backward(ctx: Any, *incoming: Any) -> tuple[Tensor | None, ...]:
         of_blocks = partial(gradients_of_operands, blocks_of=partial(ShardedRows, ctx.shard))
         found = backward(ctx, *incoming, by_reading=of_blocks)

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from fastpref.checks import check_floating, refuse
+from fastpref.derivatives import first_derivative_only
 from fastpref.ops.linear_logps_op import Found, linear_logps_backward_ops, linear_logps_ops
 from fastpref.ops.linear_stats_op import Partial, Sums, linear_stats_ops, merge
 from fastpref.ops.operands import NO_LABEL, Operands, labelled_rows, spread, take
@@ -206,7 +206,7 @@ class _ShardedLogps(Function):
         return logps, whole.lse(), numbers
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("fastpref.linear_logps")
     def backward(
         ctx: Any, logps_gradient: Tensor | None, lse_gradient: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:

@@ -16,6 +16,7 @@ from fastpref.checks import (
     check_reference,
     refuse,
 )
+from fastpref.derivatives import plain_autograd_only
 from fastpref.ops import Head, linear_stats
 from fastpref.ops.backend import statistics_dtype
 from fastpref.ops.head import vocabulary_size
@@ -42,6 +43,7 @@ POTENTIALS: dict[Potential, Statistic] = {
 }
 
 
+@plain_autograd_only
 def teacher_shaping(
     hidden: Tensor,
     head: Head | Tensor,

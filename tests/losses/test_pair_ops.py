@@ -51,5 +51,23 @@ def test_the_kernel_runs_where_it_has_every_gradient(loss, constant, monkeypatch
     assert torch.equal(found.chosen_logps, expected.chosen_logps)
 
 
+@needs_triton
+@pytest.mark.parametrize("loss", FUSED)
+def test_second_derivatives_and_transforms_are_refused(loss):
+    """Saved derivatives would count as constants, and a gradient penalty as nothing."""
+    x = torch.randn(4, requires_grad=True)
+    others = {"oracle_rewards": torch.randn(4)} if loss == "drdo" else {}
+    tokens = Tokens(logps().detach(), MASK, BOUNDARIES, None)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return METHODS[loss](tokens, x, **others).loss
+
+    (gradient,) = torch.autograd.grad(total(x), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"fastpref\.losses\.tvkd, drdo .*: second deriv"):
+        gradient.square().sum().backward()
+    with pytest.raises(NotImplementedError, match=rf"fastpref\.losses\.{loss} .*: torch\.func"):
+        torch.func.grad(total)(x)
+
+
 def test_opcheck_checked_boundaries():
     opcheck(_checked_boundaries, (BOUNDARIES, LABELS, -100))
