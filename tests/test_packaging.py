@@ -84,6 +84,7 @@ def test_every_public_name_is_documented(name):
 MAY_IMPORT = {
     "checks": (),
     "extras": (),
+    "files": (),
     "kernels": (),
     "data": ("checks", "extras"),
     "sequences": ("checks",),
@@ -100,8 +101,8 @@ MAY_IMPORT = {
     "rewards": ("checks", "ops", "sequences"),
     "losses": ("checks", "kernels.pair_losses", "ops.backend", "responses", "sequences"),
     "linear_losses": ("checks", "losses", "ops", "responses", "sequences"),
-    "models": ("checks", "extras", "ops", "rewards"),
-    "teacher": ("checks", "data", "extras", "models", "ops", "sequences"),
+    "models": ("checks", "extras", "files", "ops", "rewards"),
+    "teacher": ("checks", "data", "extras", "files", "models", "ops", "sequences"),
     "integrations": (),
     "integrations.trl": (
         *("checks", "data", "extras", "losses", "models"),

@@ -77,14 +77,17 @@ def load_student(name: str) -> Any:
 
 
 def _load(argument: str, kind: Any, name: str, **options: Any) -> Any:
-    """What transformers loads under a name."""
+    """What transformers loads under a name, without running code that comes with it."""
     source = name
     if name.endswith(".gguf"):
         source, options["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        # Not said, it would ask at the terminal.
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files fail in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{argument}: expected a model folder, a .gguf file or a name on the Hub, "
             f"got {name!r} ({reason})"
