@@ -1,0 +1,26 @@
+"""Precomputes and trainings that end at random moments lose nothing and mix nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
+
+
+def test_ended_and_started_again(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", HERE / "ending.py", tmp_path, "--ends", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "trainers")])},
+    )
+    assert run.returncode == 0, run.stderr
+    jobs = [line.split()[0] for line in run.stdout.splitlines()]
+    assert jobs == ["values", "means", "tokens", "training"]
+    done = [int(word) for line in run.stdout.splitlines() for word in line.split()[1:]]
+    assert len(done) == 8 and any(done), "all ends came too early to lose anything"
