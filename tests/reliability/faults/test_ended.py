@@ -12,15 +12,16 @@ TESTS = HERE.parents[1]
 
 
 def test_ended_and_started_again(tmp_path):
+    jobs = ["means", "training"]  # `make faults` has more of both
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", HERE / "ending.py", tmp_path, "--ends", "2"],
+        [sys.executable, "-W", "ignore", HERE / "ending.py", tmp_path, "--ends", "2"]
+        + ["--jobs", *jobs],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "trainers")])},
     )
     assert run.returncode == 0, run.stderr
-    jobs = [line.split()[0] for line in run.stdout.splitlines()]
-    assert jobs == ["values", "means", "tokens", "training"]
+    assert [line.split()[0] for line in run.stdout.splitlines()] == jobs
     done = [int(word) for line in run.stdout.splitlines() for word in line.split()[1:]]
-    assert len(done) == 8 and any(done), "all ends came too early to lose anything"
+    assert len(done) == 4 and any(done), "all ends came too early to lose anything"

@@ -50,7 +50,7 @@ def main() -> None:
         assert [one.name for one in disk.iterdir()] == ["out.parquet"]
         subprocess.run(["umount", disk], check=True)
     print("full while it wrote", *sorted(stopped))
-    assert {"settings.json", "out.parquet"} < stopped
+    assert "out.parquet" in stopped and len(stopped) > 1
 
     mount(disk, f"size={100 * PAGE},ro")
     try:
