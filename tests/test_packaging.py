@@ -85,6 +85,7 @@ MAY_IMPORT = {
     "checks": (),
     "derivatives": (),
     "extras": (),
+    "files": (),
     "kernels": (),
     "data": ("checks", "extras"),
     "sequences": ("checks",),
@@ -106,8 +107,10 @@ MAY_IMPORT = {
         *("responses", "sequences"),
     ),
     "linear_losses": ("checks", "losses", "ops", "responses", "sequences"),
-    "models": ("checks", "extras", "ops", "rewards"),
-    "teacher": ("checks", "data", "derivatives", "extras", "models", "ops", "sequences"),
+    "models": ("checks", "extras", "files", "ops", "rewards"),
+    "teacher": (
+        *("checks", "data", "derivatives", "extras", "files", "models", "ops", "sequences"),
+    ),
     "integrations": (),
     "integrations.trl": (
         *("checks", "data", "extras", "losses", "models"),

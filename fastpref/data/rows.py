@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastpref.checks import refuse
 from fastpref.extras import require_extra
+
+if TYPE_CHECKING:
+    import datasets
 
 RESPONSES = ("chosen", "rejected")
 SHOWN = 10
@@ -66,18 +71,43 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
     if path.suffix in (".jsonl", ".json"):
         return _read_json_lines(path)
     require_extra("teacher", "fastpref.data.read_rows", "datasets")
+    if path.suffix == ".parquet":
+        return read_parquet(path)  # type: ignore[no-any-return]  # untyped
     import datasets
 
-    if path.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(source)  # type: ignore[no-any-return]  # untyped
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(source)
+        with _reading(path, "a saved dataset"):
+            saved = datasets.load_from_disk(source)
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 refuse("split", f"one of {', '.join(saved)}", repr(split))
             saved = saved[split]
         return saved  # type: ignore[no-any-return]  # untyped
     return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]  # untyped
+
+
+def read_parquet(file: Path) -> datasets.Dataset:
+    """One Parquet file as a dataset; refused is one that cannot be read.
+
+    ``Dataset.from_parquet`` alone takes a name such as ``pairs[1].parquet`` for a pattern, and a
+    file for another that had its name and its time of change, of which it keeps a copy.
+    """
+    import datasets
+
+    found = file.stat()
+    identity = f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+    with _reading(file, "a Parquet file"):
+        return datasets.Dataset.from_parquet(glob.escape(str(file)), config_name=identity)
+
+
+@contextmanager
+def _reading(path: Path, expected: str) -> Iterator[None]:
+    """Name what cannot be read."""
+    try:
+        yield
+    except Exception as error:  # damaged files fail in many ways
+        reason = error.__cause__ or error
+        raise ValueError(f"{path}: expected {expected}, cannot read it ({reason})") from error
 
 
 def row_defect(row: object) -> str | None:
@@ -129,11 +159,11 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 
 def _read_json_lines(path: Path) -> list[Any]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(line.decode("utf-8")))
                 except ValueError as error:
                     raise ValueError(
                         f"dataset: expected a JSON object on line {number} of {path}: {error}"

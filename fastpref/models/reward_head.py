@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,14 @@ from torch import Tensor
 
 from fastpref.checks import refuse
 from fastpref.extras import require_extra
+from fastpref.files import load_tensors, tensors_as_bytes, written
 from fastpref.models.fused_head import call_as
 from fastpref.models.lm_head import head_module
 from fastpref.rewards import sequence_rewards
 
 NAME = "reward_head"
 FILE = f"{NAME}.safetensors"
+UNFINISHED = f"{NAME}.unfinished"  # while the model beside it may be older, or in pieces
 
 
 def add_reward_head(model: Any) -> None:
@@ -68,7 +73,8 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
         folder: Where a trainer of `fastpref.integrations.trl` saved its model.
 
     Raises:
-        ValueError: A folder without a reward head, or with one for another hidden size.
+        ValueError: A folder without a reward head, with one that is damaged or for another hidden
+            size, or whose saving was interrupted.
         ImportError: Without the extra "teacher".
 
     Example:
@@ -79,10 +85,8 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
         ...     return model
     """
     require_extra("teacher", "load_reward_head", "safetensors")
-    from safetensors.torch import load_file
-
     file = Path(folder) / FILE
-    if not file.is_file():
+    if not folder_has_reward_head(folder):
         refuse(
             "folder",
             f"a folder with {FILE}, as OracleTrainer and DRDOTrainer save it",
@@ -90,19 +94,36 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
         )
     add_reward_head(model)
     head = reward_head_of(model)
-    (weight,) = load_file(file).values()
+    (weight,) = load_tensors(file).values()
     if weight.shape != head.weight.shape:
-        refuse(FILE, f"shape {tuple(head.weight.shape)}", tuple(weight.shape))
+        refuse(str(file), f"shape {tuple(head.weight.shape)}", tuple(weight.shape))
     with torch.no_grad():
         head.weight.copy_(weight)
 
 
-def save_reward_head(state_dict: dict[str, Tensor], folder: str | Path) -> None:
-    """Write the reward head that `take_reward_head` took to its own file."""
-    require_extra("teacher", "save_reward_head", "safetensors")
-    from safetensors.torch import save_file
+def folder_has_reward_head(folder: str | Path) -> bool:
+    """Whether there is a reward head; refused are folders that may have that of another model."""
+    unfinished = Path(folder) / UNFINISHED
+    if unfinished.exists():
+        expected = f"a folder that was saved to the end (save again, or delete {unfinished.name})"
+        refuse("folder", expected, unfinished)
+    return (Path(folder) / FILE).is_file()
 
-    save_file({name: value.contiguous() for name, value in state_dict.items()}, Path(folder) / FILE)
+
+@contextmanager
+def saved_beside(head: dict[str, Tensor], folder: str | Path) -> Iterator[None]:
+    """Write the reward head that `take_reward_head` took, while its model is written beside it.
+
+    Stopped at any moment it leaves a head and a model of one state, or a file that says it has not.
+    """
+    require_extra("teacher", "saved_beside", "safetensors")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / UNFINISHED
+    with written(unfinished) as temporary:
+        temporary.write_bytes(tensors_as_bytes(head))
+    yield
+    os.replace(unfinished, folder / FILE)
 
 
 def take_reward_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ def load_teacher(
 
     Args:
         name: A local folder, a ``.gguf`` file, or a name on the Hub; quantised and sharded
-            checkpoints load as transformers loads them.
+            checkpoints load as transformers loads them. Weights are read from safetensors files,
+            never from pickles, and code that comes with a model is not run.
         dtype: ``"auto"`` is bfloat16 on an accelerator and float32 on a CPU; or ``"float32"``,
             ``"bfloat16"``, ``"float16"``.
         device_map: As in transformers, for example ``"auto"`` to spread a model over several
@@ -56,7 +57,8 @@ def load_model(
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     placed = {} if device_map is None else {"device_map": device_map}
-    model: Any = _load(argument, AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **placed)
+    options: Any = {"dtype": getattr(torch, dtype), "use_safetensors": True, **placed}
+    model: Any = _load(argument, AutoModelForCausalLM, name, **options)
     if device_map is None and model.device.type != device.type:
         model = model.to(device)
     return model.eval(), tokenizer
@@ -73,18 +75,22 @@ def load_student(name: str) -> Any:
     """A model of which the head alone is read: in float32, which has all its digits, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    return _load("student", AutoModelForCausalLM, name, dtype=torch.float32)
+    options: Any = {"dtype": torch.float32, "use_safetensors": True}
+    return _load("student", AutoModelForCausalLM, name, **options)
 
 
 def _load(argument: str, kind: Any, name: str, **options: Any) -> Any:
-    """What transformers loads under a name."""
+    """What transformers loads under a name, without running code that comes with it."""
     source = name
     if name.endswith(".gguf"):
         source, options["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        # Not said, it would ask at the terminal.
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files fail in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{argument}: expected a model folder, a .gguf file or a name on the Hub, "
             f"got {name!r} ({reason})"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpref.checks import refuse
-from fastpref.data.rows import RESPONSES, BadRowsError, read_rows
+from fastpref.data.rows import RESPONSES, BadRowsError, read_parquet, read_rows
 from fastpref.data.tokens import (
     TokenizedPair,
     check_max_length,
@@ -26,6 +28,7 @@ from fastpref.teacher.model import model_settings, this_process
 from fastpref.teacher.store import (
     FinishedBatches,
     check_settings,
+    only_writer,
     read_settings,
     stored,
     write_dataset,
@@ -88,8 +91,29 @@ def precompute(
         found = load(output, settings)
         FinishedBatches.discard(output)
         return found
-    finished = FinishedBatches(output, settings)
-    batches = plan(pairs, batch_size)
+    with only_writer(output) if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            finished = FinishedBatches(output, settings)
+        if not output.exists():  # else another run has just finished it
+            batches = plan(pairs, batch_size)
+            _compute(job, models, heads, batches, finished, state)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                finished.check(len(batches))
+                _write(job, rows, batches, finished, output, settings)
+        state.wait_for_everyone()
+    return load(output, settings)
+
+
+def _compute(
+    job: Job,
+    models: list[Any],
+    heads: list[Head],
+    batches: list[list[TokenizedPair]],
+    finished: FinishedBatches,
+    state: Any,
+) -> None:
+    """Compute and keep this process's batches."""
     for number, batch in _with_progress(job.name, batches, finished, state):
         options: Any = {"check": number < state.num_processes, "sides": len(job.sides)}
         read = [read_states(*one, batch, **options) for one in zip(models, heads, strict=True)]
@@ -100,26 +124,21 @@ def precompute(
         results = job.of_batch(*given)
         check_finite(results[job.finite], results.get(COUNTS), batch)
         finished.save(number, {name: stored(values) for name, values in results.items()})
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _write(job, rows, batches, finished, output, settings)
-        FinishedBatches.discard(output)
-    state.wait_for_everyone()
-    return load(output, {})
 
 
 def load(file: Path, expected: Mapping[str, Any]) -> datasets.Dataset:
     """A dataset that `precompute` wrote; refused is one that was made with other settings."""
-    import datasets
-
     check_settings(file, read_settings(file), expected)
-    return datasets.Dataset.from_parquet(str(file))
+    return read_parquet(file)
 
 
 def check_run(output: Path, max_length: int | None, batch_size: int) -> None:
     """Refuse what would fail only after the model has been loaded."""
     if output.suffix != ".parquet":
         refuse("output", "a file name that ends in .parquet", repr(str(output)))
+    folder = next(one for one in output.absolute().parents if one.exists())
+    if not output.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        refuse("output", "a file in a folder that can be written to", repr(str(output)))
     if batch_size < 1:
         refuse("batch_size", "a number of pairs, at least 1", repr(batch_size))
     check_max_length(max_length)

@@ -159,7 +159,7 @@ def load_shaping(file: str | Path, **expected: Any) -> datasets.Dataset:
         The dataset; see `add_shaping`.
 
     Raises:
-        ValueError: A file that was made with other settings, or not by fastpref.
+        ValueError: A file that was made with other settings, not by fastpref, or that is damaged.
         ImportError: Without the extra "teacher".
 
     Example:

@@ -1,22 +1,32 @@
 """Files of a precompute: batches that are done, and the dataset in the end.
 
-Everything is written beside its place and moved there, so that a file is whole or absent. The
-dataset is one Parquet file, which carries what it was made with.
+Files are whole or absent. The dataset is one Parquet file, which carries what it was made with.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fastpref.checks import refuse
+from fastpref.files import (
+    SHA256,
+    UNSEALED,
+    check_seal,
+    load_tensors,
+    seal,
+    tensors_as_bytes,
+    written,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -32,13 +42,14 @@ class FinishedBatches:
     """The folder of batches that are done, ``<output>.partial``."""
 
     def __init__(self, output: Path, settings: Settings) -> None:
-        self.folder = self._folder(output)
+        self.folder = _folder_of(output)
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "settings.json"
         if manifest.is_file():
-            check_settings(manifest.parent, json.loads(manifest.read_text("utf-8")), settings)
+            check_settings(manifest.parent, _read_json(manifest), settings)
         else:
-            _write_text(manifest, json.dumps(settings, indent=1))
+            with written(manifest) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1), "utf-8")
 
     def has(self, number: int) -> bool:
         """Whether a batch is done."""
@@ -46,12 +57,20 @@ class FinishedBatches:
 
     def save(self, number: int, results: dict[str, Tensor]) -> None:
         """Keep the results of a batch."""
-        from safetensors.torch import save_file
+        with written(self._file(number)) as temporary:
+            temporary.write_bytes(tensors_as_bytes(results))
 
-        file = self._file(number)
-        temporary = _beside(file)
-        save_file(results, temporary)
-        os.replace(temporary, file)
+    def check(self, count: int) -> None:
+        """Refuse damaged files among those of so many batches, all of them by name."""
+        damaged = []
+        for number in range(count):
+            try:
+                load_tensors(self._file(number))
+            except ValueError as error:
+                damaged.append(str(error))
+        if damaged:
+            advice = "Delete them and start again: no other batches are computed anew"
+            raise ValueError(f"{'; '.join(damaged)}. {advice}")
 
     def open(self, number: int) -> Any:
         """Results of a batch that is done, of which parts can be read."""
@@ -62,14 +81,35 @@ class FinishedBatches:
     @classmethod
     def discard(cls, output: Path) -> None:
         """Delete the folder, when the dataset is written."""
-        shutil.rmtree(cls._folder(output), ignore_errors=True)
-
-    @staticmethod
-    def _folder(output: Path) -> Path:
-        return output.with_name(output.name + ".partial")
+        shutil.rmtree(_folder_of(output), ignore_errors=True)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"batch-{number:06d}.safetensors"
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Keep other runs from an output, and tidy up where there is nothing to go on with."""
+    from filelock import FileLock, Timeout
+
+    folder = _folder_of(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "lock"
+    lock = FileLock(file)  # of the operating system, which ends it with the process
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        refuse("output", f"{output} for one run at a time", "another that is writing it now")
+    try:
+        yield
+    finally:
+        if output.exists() or list(folder.iterdir()) == [file]:
+            FinishedBatches.discard(output)
+        lock.release()
+
+
+def _folder_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def check_settings(where: Path, found: Settings, expected: Settings) -> None:
@@ -104,21 +144,22 @@ def write_dataset(
     import datasets
     import pyarrow.parquet
 
-    temporary = folder / "dataset.parquet"
     dataset = dataset.remove_columns([one for one in features if one in dataset.column_names])
     # Arrow keeps the features of the dataset in the schema, where ours go beside them.
     schema = datasets.Features({**dataset.features, **features}).arrow_schema
     metadata = {**(schema.metadata or {}), METADATA: json.dumps(settings).encode()}
     schema = schema.with_metadata(metadata)
     start = 0
-    with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-        for batch in dataset.with_format("arrow").iter(batch_size=step):
-            added = columns(range(start, start + batch.num_rows))
-            start += batch.num_rows
-            for name in features:
-                batch = batch.append_column(name, _arrow(added[name]))
-            writer.write_table(batch.cast(schema))
-    os.replace(temporary, output)
+    with written(output, folder) as temporary:
+        with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+            for batch in dataset.with_format("arrow").iter(batch_size=step):
+                added = columns(range(start, start + batch.num_rows))
+                start += batch.num_rows
+                for name in features:
+                    batch = batch.append_column(name, _arrow(added[name]))
+                writer.write_table(batch.cast(schema))
+            writer.add_key_value_metadata({SHA256: UNSEALED})
+        seal(temporary)
 
 
 def _arrow(values: list[Tensor]) -> Any:
@@ -134,10 +175,14 @@ def _arrow(values: list[Tensor]) -> Any:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """What a Parquet file written by `write_dataset` was made with."""
+    """What a Parquet file written by `write_dataset` was made with; refused is a damaged one."""
     import pyarrow.parquet
 
-    metadata = pyarrow.parquet.read_schema(file).metadata or {}
+    check_seal(file)
+    try:
+        metadata = pyarrow.parquet.read_schema(file).metadata or {}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: expected a whole Parquet file, got another ({error})") from error
     if METADATA not in metadata:
         raise ValueError(f"{file}: expected a file written by fastpref, got one without settings")
     settings: dict[str, Any] = json.loads(metadata[METADATA])
@@ -169,11 +214,9 @@ def stored(values: Tensor) -> Tensor:
     return values.to("cpu", dtype).contiguous()
 
 
-def _write_text(file: Path, text: str) -> None:
-    temporary = _beside(file)
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, file)
-
-
-def _beside(file: Path) -> Path:
-    return file.with_name(f"{file.name}.{os.getpid()}.tmp")
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got a damaged file ({error})") from error
+    return found

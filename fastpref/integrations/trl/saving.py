@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import sort_checkpoints
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -20,9 +24,8 @@ class SavesRewardHead(DPOTrainer):
     def give_reward_head(self, source: Any) -> None:
         """Its own reward head, or that of the folder or model it came from, or a new one."""
         folder = source if isinstance(source, str) else get_config_model_id(source.config)
-        if (
-            reward_head.has_reward_head(self.model)
-            or not (Path(folder) / reward_head.FILE).is_file()
+        if reward_head.has_reward_head(self.model) or not reward_head.folder_has_reward_head(
+            folder
         ):
             reward_head.add_reward_head(self.model)
         else:
@@ -36,9 +39,23 @@ class SavesRewardHead(DPOTrainer):
             state_dict = dict(self.model.state_dict() if state_dict is None else state_dict)
             # Engines that keep a model in files of their own, head and all, have nothing here.
             head = reward_head.take_reward_head(state_dict) if state_dict else None
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and head is not None:
-            reward_head.save_reward_head(head, str(output_dir or self.args.output_dir))
+        saving = (
+            reward_head.saved_beside(head, str(output_dir or self.args.output_dir))
+            if self.args.should_save and head is not None
+            else nullcontext()
+        )
+        with saving:
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # transformers deletes the oldest ones by their time: the newest, where the clock went back.
+        run = self._get_output_dir(trial=trial)
+        folders = [Path(one) for one in sort_checkpoints(run)]
+        now = time.time()
+        if any(folder.stat().st_mtime > now for folder in folders):
+            for age, folder in enumerate(reversed(folders), start=1):
+                os.utime(folder, (now - age, now - age))
+        super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]  # not typed there
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

@@ -1,4 +1,4 @@
-"""A precompute may be killed at any moment and continues to the same file."""
+"""Processes that share a precompute write the file of one."""
 
 from __future__ import annotations
 
@@ -6,32 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet
 from tiny_models import rows, tiny_model, tiny_tokenizer
-
-HERE = Path(__file__).parent
-
-
-def test_killed_ten_times_it_ends_in_the_same_file(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(HERE / "killing.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-    )
-    assert run.returncode == 0, run.stderr
-    done = [int(word) for word in run.stdout.split()]
-    assert len(done) == 10
-    assert done == sorted(done) and 0 < done[-1], "kills came too early to lose anything"
-    whole, killed = (
-        pyarrow.parquet.read_table(tmp_path / name) for name in ("whole.parquet", "killed.parquet")
-    )
-    assert whole.schema.equals(killed.schema, check_metadata=True)
-    assert whole.equals(killed)
-    assert sorted(os.listdir(tmp_path)) == ["killed.parquet", "whole.parquet"]
 
 
 def test_two_processes_give_the_file_of_one(tmp_path):
