@@ -319,7 +319,7 @@ def _print_verdicts(found: Inspection) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("signal", "chosen first", "length taken out", "verdict")
+    table = Table("signal", "chosen first", "length regressed out", "verdict")
     for one in found.measures:
         shares = map(shortly, (one.ranked_first, one.without_length))
         table.add_row(one.name, *shares, kind_of(one))

@@ -39,7 +39,7 @@ class Method:
     order: int = 0  # another number: another order of the batches
 
 
-ALONE, COPIED, JUDGED = "pairs alone", "a teacher is copied", "a model judges pairs"
+ALONE, COPIED, JUDGED = "pairs alone", "a teacher is copied", "a scalar for each response"
 
 
 def ddpo(reward: str) -> Method:
