@@ -43,7 +43,8 @@ def verdict(measures: SignalMeasures) -> str:
     )
     if is_length(measures):
         left = measures.without_length
-        sentence += f" Length may be all that it sees: with length regressed out it is {shortly(left)}."
+        rest = shortly(left)
+        sentence += f" Length may be all that it sees: with length regressed out it is {rest}."
     return sentence
 
 
