@@ -13,37 +13,34 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # of report.py, which the benchmarks share
-
-import torch  # noqa: E402
-import typer  # noqa: E402
-from frontier import summarize  # noqa: E402
-from methods import Method  # noqa: E402
-from plot import plot  # noqa: E402
-from report import describe_run, write_json  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import (  # noqa: E402
+import torch
+import typer
+from frontier import summarize
+from methods import Method
+from plot import plot
+from rich.console import Console
+from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
 )
-from runs import Run, Start, check_settings, files_of_world, finish_world, read_world  # noqa: E402
-from settings import Settings  # noqa: E402
-from show import tables  # noqa: E402
-from tables import AGAINST, QUICK_SIZES, SIZES, TABLES, TableName  # noqa: E402
+from runs import Run, Start, check_settings, files_of_world, finish_world, read_world
+from settings import Settings
+from shared import describe_run, write_json
+from show import tables
+from tables import AGAINST, QUICK_SIZES, SIZES, TABLES, TableName
 
 WORLDS, QUICK_WORLDS = 5, 2
 
+HERE = Path(__file__).resolve().parent
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 

@@ -8,6 +8,7 @@ import torch
 from models import Decoder, labels_of, responses_of
 from settings import Settings
 from torch import Tensor
+from value_metrics import correlation
 from world import World
 
 from fastpref import linear_logsumexp, sequence_rewards, teacher_shaping
@@ -92,5 +93,4 @@ def value_correlation(
     values = world.soft_values(world.temperature)
     places = world.states(sequences)[:, world.prompt_length : -1]
     truths = values[torch.arange(world.length), places]
-    both = torch.stack([(each - each.mean(0)).flatten() for each in (guesses, truths)])
-    return torch.corrcoef(both)[0, 1].item()
+    return correlation(guesses, truths)

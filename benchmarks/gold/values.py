@@ -9,7 +9,6 @@ Every finished world is written at once: a study that was stopped resumes where 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,32 +16,30 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # of report.py, which the benchmarks share
-
-import torch  # noqa: E402
-import typer  # noqa: E402
-from models import Decoder, measure  # noqa: E402
-from report import describe_run, write_json  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import Progress  # noqa: E402
-from runs import JUDGED, check_settings, write  # noqa: E402
-from settings import Settings, generator_of  # noqa: E402
-from tables import FIRST_SIZE, QUICK_SIZES, SIZES  # noqa: E402
-from torch import Tensor  # noqa: E402
-from value_metrics import (  # noqa: E402
+import torch
+import typer
+from models import Decoder, measure
+from rich.console import Console
+from rich.progress import Progress
+from runs import JUDGED, check_settings, write
+from settings import Settings, generator_of
+from shared import describe_run, write_json
+from tables import FIRST_SIZE, QUICK_SIZES, SIZES
+from torch import Tensor
+from value_metrics import (
     centred,
     correlation,
     readable,
     share_explained,
     share_ranked,
 )
-from value_teachers import OF_READER, TEACHERS, Reads, read, train_teachers  # noqa: E402
-from values_show import plot, print_report  # noqa: E402
-from world import World, sample_pairs  # noqa: E402
+from value_teachers import OF_READER, TEACHERS, Reads, read, train_teachers
+from values_show import plot, print_report
+from world import World, sample_pairs
 
-from fastpref import linear_logsumexp, shaping_from_values  # noqa: E402
+from fastpref import linear_logsumexp, shaping_from_values
 
+HERE = Path(__file__).resolve().parent
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import compare
 import pytest
-import torch
+from students import forget_oldest_turns
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 COMPARE = Path(__file__).parents[2] / "benchmarks" / "compare"
-sys.path.insert(0, str(COMPARE))  # its scripts import one another
-
-import compare  # noqa: E402
-from students import forget_oldest_turns  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are slower on many threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def arguments(folder, **options):

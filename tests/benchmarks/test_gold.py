@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import frontier
+import gold
 import numpy as np
+import plot
 import pytest
+import runs
 import torch
+import train
+from methods import METHODS
+from models import Decoder, labels_of, measure
+from settings import Budget, Settings, generator_of
+from show import gains, tables
+from step import batch_loss
+from tables import TABLES
+from train import relabelled, student_data, train_networks, train_student
+from world import make_world, sample_pairs
 
 GOLD = Path(__file__).parents[2] / "benchmarks" / "gold"
-sys.path.insert(0, str(GOLD))  # its scripts import one another
-
-import frontier  # noqa: E402
-import gold  # noqa: E402
-import plot  # noqa: E402
-import runs  # noqa: E402
-import train  # noqa: E402
-from methods import METHODS  # noqa: E402
-from models import Decoder, labels_of, measure  # noqa: E402
-from settings import Budget, Settings, generator_of  # noqa: E402
-from show import gains, tables  # noqa: E402
-from step import batch_loss  # noqa: E402
-from tables import TABLES  # noqa: E402
-from train import relabelled, student_data, train_networks, train_student  # noqa: E402
-from world import make_world, sample_pairs  # noqa: E402
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {"states": 3, "tokens": 3, "length": 3, "prompt_length": 2}
 SETTINGS = Settings(
@@ -44,15 +42,6 @@ SETTINGS = Settings(
     student_steps=2,
     student_rates=(1e-3, 3e-3),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are slower on many threads than on one; the command sets it, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def every_response(world, prompt):

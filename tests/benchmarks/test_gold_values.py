@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import value_metrics
+import value_teachers
+import values
+from settings import Budget, Settings, generator_of
+from train import train_sft
+from world import make_world, sample_pairs
 
-GOLD = Path(__file__).parents[2] / "benchmarks" / "gold"
-sys.path.insert(0, str(GOLD))  # its scripts import one another
-
-import value_metrics  # noqa: E402
-import value_teachers  # noqa: E402
-import values  # noqa: E402
-from settings import Budget, Settings, generator_of  # noqa: E402
-from train import train_sft  # noqa: E402
-from world import make_world, sample_pairs  # noqa: E402
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {"states": 3, "tokens": 3, "length": 3, "prompt_length": 1}
 SETTINGS = Settings(
@@ -33,15 +29,6 @@ SETTINGS = Settings(
     sft=Budget(8, 2, 1e-2),
     teacher=Budget(8, 2, 1e-2),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are slower on many threads than on one; the command sets it, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def exact_values(world, sequences):
