@@ -174,13 +174,19 @@ def judge_tests(code: int, report: Path) -> Outcome:
     (suite,) = ElementTree.parse(report).getroot()
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    skipped = tuple(sorted({one.get("message", "") for one in suite.iter("skipped")}))
+    skipped = tuple(sorted({reason(one) for one in suite.iter("skipped")}))
     why = f"{passed} passed, {counts['skipped']} skipped"
     if code not in (0, 5) or counts["failures"] or counts["errors"]:
         return Outcome(FAILED, f"{counts['failures'] + counts['errors']} failed, {why}", skipped)
     if passed == 0:
         return Outcome(NOT_RUN, "; ".join((why, *skipped)), skipped)
     return Outcome(PASSED, why, skipped)
+
+
+def reason(skipped: ElementTree.Element) -> str:
+    """Why a test is skipped; of a whole module pytest says it elsewhere."""
+    message = skipped.get("message", "")
+    return (skipped.text or "").strip() if message == "collection skipped" else message
 
 
 def commit() -> str:

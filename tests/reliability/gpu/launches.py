@@ -73,17 +73,17 @@ Launched = list[Tensor]
 
 def fold(on: Device) -> Launched:
     found = []
-    for n_rows, width in ((1, 1), (3, 301), (2, tiles.ROW_BLOCK + 3)):
-        for dtype in (torch.float32, torch.bfloat16):
-            tile, labels = on.rows(n_rows, width), on.labels(n_rows, width) + 100
-            numbers = [on.filled(n_rows, LOWEST.value), *(on.filled(n_rows) for _ in range(4))]
-            out = tile if dtype == torch.float32 else on.rows(n_rows, width).to(dtype)
-            earlier = (on.rows(n_rows, 7), on.rows(n_rows, 3).to(dtype))
-            tiles.fold_tile(tile, labels, 100, CAPPED, *numbers, out, earlier)
-            found += [out, *numbers, *earlier]
-            few = [on.filled(n_rows, LOWEST.value), *(on.filled(n_rows) for _ in range(2))]
-            tiles.fold_tile(on.rows(n_rows, width), None, 0, PLAIN, *few)
-            found += few
+    shapes = (1, 1), (3, 301), (2, tiles.ROW_BLOCK + 3)
+    for (n_rows, width), half in zip(shapes, (True, True, False), strict=True):
+        tile, labels = on.rows(n_rows, width), on.labels(n_rows, width) + 100
+        numbers = [on.filled(n_rows, LOWEST.value), *(on.filled(n_rows) for _ in range(4))]
+        out = on.rows(n_rows, width).bfloat16() if half else tile
+        earlier = (on.rows(n_rows, 7), on.rows(n_rows, 3).to(out.dtype))
+        tiles.fold_tile(tile, labels, 100, CAPPED, *numbers, out, earlier)
+        found += [out, *numbers, *earlier]
+        few = [on.filled(n_rows, LOWEST.value), *(on.filled(n_rows) for _ in range(2))]
+        tiles.fold_tile(on.rows(n_rows, width), None, 0, PLAIN, *few)
+        found += few
     return found
 
 
@@ -100,15 +100,18 @@ def gradients_of_tiles(on: Device) -> Launched:
 
 
 def projections(on: Device) -> Iterator[tuple[Any, ...]]:
-    """Hidden states, weight, bias, labels, rows and transform, at shapes that no block divides.
+    """Hidden states, weight, bias, labels, rows and transform: one for each way to be tiled.
 
-    Few rows and many, of which some are gathered; transposed and with gaps.
+    No block divides any size.
     """
+    few, many = 5, launch.FEW_ROWS + 3
+    yield on.normal(1, 7), on.normal(1, 7), None, None, None, PLAIN
     for dtype in (torch.float32, torch.bfloat16):
-        yield on.normal(1, 7, dtype=dtype), on.normal(1, 7, dtype=dtype), None, None, None, PLAIN
-        for n_rows, hidden_size, vocab_size in ((5, 33, 301), (launch.FEW_ROWS + 3, 40, 67)):
-            hidden = on.apart(on.normal(n_rows + 2, hidden_size, dtype=dtype))
-            weight = on.normal(hidden_size, vocab_size, dtype=dtype).T
+        for n_rows, hidden_size, vocab_size in ((few, 48, 133), (many, 48, 67), (few, 33, 67)):
+            hidden = on.normal(n_rows + 2, hidden_size, dtype=dtype)
+            weight = on.normal(vocab_size, hidden_size, dtype=dtype)
+            if hidden_size == 33:  # not to be read 16 bytes at a time
+                hidden, weight = on.apart(hidden), weight.T.contiguous().T
             gathered = (torch.arange(n_rows) * 3 % (n_rows + 2)).to(on.name)
             bias, labels = on.normal(vocab_size, dtype=dtype), on.labels(n_rows, vocab_size)
             yield hidden, weight, bias, labels, gathered, CAPPED
@@ -124,10 +127,11 @@ def logsumexps(on: Device) -> Launched:
 
 def partials(on: Device) -> Launched:
     found = []
-    for number, given in enumerate(projections(on)):
-        wanted = [number % 2 == 0] * 3
-        parts, target = statistics.projection_partials(*given, *wanted)
-        found += with_label(given[3], parts, target)
+    for given in projections(on):
+        if len(given[0]) <= launch.FEW_ROWS:  # they are tiled like many
+            wanted = [given[3] is not None] * 3
+            parts, target = statistics.projection_partials(*given, *wanted)
+            found += with_label(given[3], parts, target)
     return found
 
 
@@ -257,7 +261,9 @@ def check(name: str, found: Launched) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--guarded", choices=("after", "before"), help="a fence around every tensor")
+    parser.add_argument(
+        "--guarded", choices=("after", "before"), help="a fence around every tensor"
+    )
     parser.add_argument("--planted", choices=PLANTED, help="launch a kernel with this error, only")
     arguments = parser.parse_args()
     on = Device(EVERYWHERE)
