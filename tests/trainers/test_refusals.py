@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
@@ -20,6 +21,7 @@ from fastpref.integrations.trl import (
     TVKDConfig,
     TVKDTrainer,
 )
+from fastpref.integrations.trl.readers import load_frozen
 from fastpref.models.reward_head import add_reward_head
 
 SHAPED = {"train_dataset": dataset(**signal("shaping"))}
@@ -212,3 +214,19 @@ def test_another_trl(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     with pytest.raises(ImportError, match=f"expected TRL 1.16, got {version}; pip install"):
         importlib.reload(fastpref.integrations.trl)
+
+
+def test_code_of_a_tokenizer_is_not_run(tmp_path, monkeypatch):
+    """It lies where a frozen model came from; nobody is asked whether to run it."""
+    folder, traces, asked = tmp_path / "model", tmp_path / "traces", []
+    TOKENIZER.save_pretrained(folder)
+    (folder / "own.py").write_text(f"import os; os.mkdir({str(traces)!r})", "utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    model = tiny_model(TOKENIZER)
+    model.config._name_or_path = str(folder)
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    with pytest.raises(ValueError, match="teacher_processing_class: expected the tokenizer of"):
+        load_frozen("teacher_model", model, None)
+    assert not asked and not traces.exists()

@@ -85,7 +85,8 @@ def load_frozen(argument: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if tokenizer is None:
         source = get_config_model_id(model.config)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            # Not said, it would ask at the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{argument.split('_')[0]}_processing_class: expected the tokenizer of "
