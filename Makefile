@@ -1,6 +1,7 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make check-install: the wheel in clean environments, a few minutes.
 # make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
+# make gpu-check: kernels on a GPU, and under compute-sanitizer.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -10,10 +11,11 @@ WORKERS := -n auto --maxprocesses 8 --dist worksteal
 # torch.compile and operators are made of), and what tests/kernels says of the kernels in less time.
 INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/test_potentials.py \
 	tests/losses/test_tvkd.py tests/losses/test_drdo.py tests/losses/test_pair_ops.py \
+	tests/reliability/gpu/test_launches.py \
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults audit
+.PHONY: demo test lint check-install faults audit gpu-check
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -38,6 +40,11 @@ faults: export PYTHONPATH := tests:tests/trainers
 faults: .venv/.installed
 	$(BIN)/python -W ignore tests/reliability/faults/ending.py $$(mktemp -d) --ends $(ENDS)
 	unshare --map-root-user --mount $(BIN)/python tests/reliability/faults/tiny_disk.py
+
+# Kernels on a GPU, without the interpreter, and under NVIDIA's sanitizers: docs/reliability.md.
+# CHECKS='--allow-missing' for a machine that lacks some of it.
+gpu-check: .venv/.installed
+	$(BIN)/python tests/reliability/gpu/gpu_check.py $(CHECKS)
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:
