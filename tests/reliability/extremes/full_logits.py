@@ -8,11 +8,10 @@ from typing import Any
 import every_function
 import formulas
 import torch
-from every_function import LABELS, Given, head
+from every_function import Given, head
 from torch import Tensor
 
 import fastpref
-from fastpref import Head
 from fastpref.losses import drdo, tvkd
 from fastpref.ops.divergences import KINDS
 
@@ -32,7 +31,10 @@ def _of_kind(kind: str) -> every_function.Function:
 def _reference(given: Given, kind: str) -> dict[str, Tensor]:
     if kind != "advantage":
         return {}
-    return {"reference_hidden": given["hidden"].detach(), "reference_head": given["weight"].detach()}
+    return {
+        "reference_hidden": given["hidden"].detach(),
+        "reference_head": given["weight"].detach(),
+    }
 
 
 # Every function with a head, and every kind of divergence.
@@ -49,9 +51,7 @@ def _options(given: Given) -> dict[str, float]:
 
 
 def _logps(given: Given) -> Outputs:
-    return [
-        formulas.linear_logps(given["hidden"], head(given), given["labels"], **_options(given))
-    ]
+    return [formulas.linear_logps(given["hidden"], head(given), given["labels"], **_options(given))]
 
 
 def _with_stats(given: Given) -> Outputs:
@@ -101,8 +101,13 @@ def _expectation(given: Given) -> Outputs:
 
 def _preference(given: Given) -> Outputs:
     models = (given["hidden"], head(given)), (given["teacher"], given["of_teacher"])
-    found = formulas.linear_token_preference(*models, given["labels"], beta=0.1, **_options(given))
-    return [found]
+    # Of the logits: rounding makes equals of log-probabilities that are next to one another.
+    student, teacher = (formulas.logits(*model).argmax(-1) for model in models)
+    return [
+        formulas.linear_token_preference(
+            *models, given["labels"], beta=0.1, tokens=(teacher, student), **_options(given)
+        )
+    ]
 
 
 def _cached_kl(given: Given) -> Outputs:
@@ -165,4 +170,3 @@ FULL: dict[str, Callable[[Given], Any]] = {
     "teacher_shaping": _shaping,
     **{kind: lambda given, kind=kind: _divergence(given, kind) for kind in KINDS},
 }
-ONE_TOKEN = LABELS.masked_fill(LABELS != -100, 0)
