@@ -37,9 +37,9 @@ def _reference(given: Given, kind: str) -> dict[str, Tensor]:
     }
 
 
-# Every function with a head, and every kind of divergence.
+# Every function, and every kind of divergence.
 TRAINED = every_function.TRAINED | {kind: _of_kind(kind) for kind in KINDS}
-HEADED = TRAINED | every_function.FROZEN | every_function.VALUES
+EVERY = every_function.EVERY | TRAINED
 
 
 def _stats(given: Given) -> dict[str, Tensor]:
@@ -137,6 +137,11 @@ def _shaping(given: Given) -> Outputs:
     ]
 
 
+def _sums(given: Given) -> Outputs:
+    mask = given["labels"] != -100
+    return [torch.where(mask, given["logps"], 0).sum(1), mask.sum(1)]
+
+
 def _responses(given: Given) -> fastpref.Responses:
     return fastpref.sum_responses(_logps(given)[0], given["labels"])
 
@@ -168,5 +173,12 @@ FULL: dict[str, Callable[[Given], Any]] = {
     ],
     "teacher_means": _means,
     "teacher_shaping": _shaping,
+    "sum_responses": _sums,
+    "sequence_rewards": lambda given: [
+        formulas.sequence_rewards(given["states"], given["labels"], given["reward_head"])
+    ],
+    "shaping_from_values": lambda given: [
+        formulas.shaping_from_values(given["values"], given["labels"])
+    ],
     **{kind: lambda given, kind=kind: _divergence(given, kind) for kind in KINDS},
 }

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from batches import hold_difference
 from every_function import FROZEN, Given, flat, leaves_of
-from full_logits import FULL, HEADED, TRAINED
+from full_logits import EVERY, FULL, TRAINED
 from torch import Tensor
 
 from fastpref import Head
 
 Change = Callable[[Given], Given]
 # A function's name, and whether the head trains.
-WAYS = [*((name, False) for name in HEADED), *((name, True) for name in TRAINED)]
+WAYS = [*((name, False) for name in EVERY), *((name, True) for name in TRAINED)]
 # As much of 1 as float64 has lost when it takes the logarithm of a probability.
 FLOAT64_LOSES = 1e-9
 
@@ -66,7 +66,7 @@ def hold_to_full_logits(
     count = len(FULL[name](cast(as_full, torch.float64)))  # of losses, their values alone
 
     def ours(changed: Given) -> list[Tensor]:
-        return flat(HEADED[name](changed, compact))[:count]
+        return flat(EVERY[name](changed, compact))[:count]
 
     found, differentiable = results(ours, cast(given, dtype), wanted)
     exact, plain = (

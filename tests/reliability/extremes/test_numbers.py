@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from every_function import Given, batch
-from full_logits import FULL, HEADED
+from full_logits import EVERY, FULL
 from holding import WAYS, hold_to_full_logits
 
 from fastpref import Head
 
-OF_MODELS = ("hidden", "states", "teacher")
+OF_MODELS = ("hidden", "states", "teacher", "logps", "values")
 # A token of this logit has no share, even in float64, where the formulas of full logits know no
 # -inf in their gradients.
 LOW = -1e5
@@ -51,7 +51,7 @@ EXTREMES: dict[str, Callable[[Given], Given]] = {
 
 
 def test_every_function_is_here():
-    assert FULL.keys() == HEADED.keys()
+    assert FULL.keys() == EVERY.keys()
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)

@@ -9,12 +9,12 @@ import formulas
 import pytest
 import torch
 from every_function import LABELS, batch
-from full_logits import HEADED
+from full_logits import EVERY
 from holding import WAYS, hold_to_full_logits
 
 import fastpref
 
-OF_PAIRS = ("tvkd_loss", "drdo_loss", "teacher_shaping")
+OF_PAIRS = ("tvkd_loss", "drdo_loss", "teacher_shaping", "sequence_rewards", "shaping_from_values")
 ONLY_TOKEN = LABELS.masked_fill(LABELS != -100, 0)
 NOTHING = torch.tensor([[-100, -100], [-100, -100]])
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def test_shapes(shape):
         options = {"trained": trained, "compact": not trained, "as_full": given}
         if name in OF_PAIRS and len(given["labels"]) < 2:
             with pytest.raises(ValueError, match=r"labels: expected shape \(2B, T\)"):
-                HEADED[name](given, not trained)
+                EVERY[name](given, not trained)
         else:
             hold_to_full_logits(*ways, **options)
 

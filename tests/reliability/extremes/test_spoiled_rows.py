@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_function import FROZEN, PLAIN, Given, batch, same_bits
-from full_logits import HEADED, TRAINED
+from every_function import FROZEN, Given, batch, same_bits
+from full_logits import EVERY, TRAINED
 from holding import leaves, results
 from torch import Tensor
 
@@ -37,7 +37,6 @@ READ: dict[str, tuple[str, ...]] = {
 }
 # Of these, terms of a sum, gradients of the hidden states do not depend.
 ADDED = ("mean_bias", "entropy", "rewards", "oracle")
-EVERY = HEADED | PLAIN
 
 
 def spoiled(given: Given, name: str, what: float) -> Given:
