@@ -85,7 +85,7 @@ def test_a_row_that_is_no_number(what, trained):
     clean = {function: whole(function, given, trained) for function in EVERY}
     for name, function in ((name, one) for name, functions in READ.items() for one in functions):
         if what == torch.inf and name not in OF_MODELS:
-            continue  # a finite formula of an infinite number, in PyTorch's words
+            continue  # a sum that is infinite, not NaN
         values, gradients = whole(function, spoiled(given, name, what), trained)
         told = f"{what} in {name} of {function}"
         expected, expected_gradients = clean[function]
