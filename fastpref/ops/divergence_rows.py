@@ -167,6 +167,7 @@ class RowBlocks:
                 place = KeptRows(next(places), next(places) if self.probabilities else None)
             self._project(rows, student, teacher)
             self._compare_by_kernel(rows, student, teacher, place)
+            _spoil_(place.gradient, self.numbers.divergence[rows])
             return place
         if place is not None and place.gradient.dtype == self.dtype:
             student = place.gradient
@@ -291,12 +292,21 @@ class RowBlocks:
         )
         # Sums leave out what is not a number: rows that have no distribution say so here.
         numbers.divergence.add_(values).add_(invalid)
+        _spoil_(gradient, numbers.divergence)
         if damping is not None:
             gradient.mul_(damping)
         if self.probabilities:
             teacher.copy_(more[0] if damping is None else more[0].mul_(damping))
             if labels is not None:
                 write_at_labels(teacher, labels, 0, torch.zeros_like(others))
+
+
+def _spoil_(gradient: Tensor, divergence: Tensor) -> None:
+    """Say in the gradient (k, V), too, where a divergence (k,) is not a number.
+
+    One number in a row is enough: a product with the head spreads it over the hidden state.
+    """
+    gradient[:, 0].masked_fill_(divergence.isnan(), torch.nan)
 
 
 def reading_of_numbers(numbers: RowNumbers, labels: Tensor | None) -> Reading:

@@ -128,8 +128,11 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     from_logps = incoming(None if operands.labels is None else from_logps, rows, slope)
     coefficients = (from_lse - from_logps) * shares.unit * operands.transform().factor
     of_labels = (from_lse * shares.label + from_logps * shares.others) * slope
+    reference = state.reference
     if ignored is not None:
         coefficients, of_labels = (one.masked_fill(ignored, 0) for one in (coefficients, of_labels))
+        # The bias alone may make a logit whose exponential overflows: 0 times infinity.
+        reference = reference.masked_fill(ignored, torch.finfo(reference.dtype).max)
     # The hidden states' gradient has no room among all rows before that of those read is known.
     hidden_gradient, weight_gradient, bias_gradient = empty_gradients(
         *arguments[:-3], False, *wants_head
@@ -138,7 +141,7 @@ def gradients_of_operands(*arguments: Any) -> tuple[Tensor, ...]:
     total = slope.new_empty(len(slope), width) if wants_hidden else None
     gradients(
         operands.logits(rows),
-        LogitGradients(state.reference, coefficients, of_labels),
+        LogitGradients(reference, coefficients, of_labels),
         cache=cache,
         hidden_gradient=total,
         weight_gradient=weight_gradient if wants_head[0] else None,

@@ -31,7 +31,7 @@ class _Row(NamedTuple):
     """What the formulas read: every tensor (N,), logits divided by the temperature."""
 
     all: Partial
-    others: Tensor  # those of the partial, NaN where every logit is -inf
+    others: Tensor  # those of the partial, NaN where every logit is -inf or one is +inf
     target_logit: Tensor
     temperature: float
 
@@ -139,7 +139,7 @@ def linear_stats(
         vocab_size = shard.total
         numbers, target_logit = sharded_stats(operands, shard, sums)
     partial = Partial(*numbers.unbind(1))
-    others = partial.others.masked_fill(partial.maximum == -torch.inf, torch.nan)
+    others = partial.others.masked_fill(partial.maximum.isinf(), torch.nan)
     row = _Row(partial, others, target_logit, transform.temperature)
     found = {name: FORMULAS[name](row).view(hidden.shape[:-1]) for name in stats}
     if labels is None:

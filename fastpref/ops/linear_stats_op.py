@@ -27,7 +27,8 @@ class Partial(NamedTuple):
 
     Leaving the top out of the sums keeps the digits of ``1 - p(top)``, of the entropy and of every
     log-probability where the model is certain: none of these is a difference of large numbers.
-    Of no logits at all (or none above -inf) the maximum is -inf and every sum 0.
+    Of no logits at all (or none above -inf) the maximum is -inf and every sum 0. Where one is +inf
+    the sums mean nothing.
     """
 
     maximum: Tensor  # z(top)
@@ -43,7 +44,7 @@ class Partial(NamedTuple):
     def entropy(self) -> Tensor:
         """Entropy of their softmax in nats, with no difference of large numbers; NaN of none."""
         entropy = self.others.log1p() + self.shortfall / (1 + self.others)
-        return entropy.masked_fill(self.maximum == -torch.inf, torch.nan)
+        return entropy.masked_fill(self.maximum.isinf(), torch.nan)
 
 
 def partial_of_tile(logits: Tensor, sums: Sums) -> Partial:

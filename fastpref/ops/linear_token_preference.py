@@ -63,7 +63,8 @@ def linear_token_preference(
 
     Returns:
         (...) losses in nats, float32 (float64 for float64 students), 0 where ignored. Infinite
-        where one of the models masks the likeliest token of the other.
+        where one of the models masks the likeliest token of the other, NaN where one
+        has a logit of +inf.
 
     Raises:
         ValueError: Shapes, devices or dtypes that do not fit; a number that is not finite or out of

@@ -59,7 +59,15 @@ def _read(teacher: Logits, student: Logits, found: Found) -> None:
         found.bias[rows] = 0
         if student.bias is not None:
             bias = student.bias.to(dtype)
-            found.bias[rows] = (p @ bias).addcmul_(take(bias, top), of_top.squeeze(1))
+            found.bias[rows] = _mean(p, bias).addcmul_(take(bias, top), of_top.squeeze(1))
+
+
+def _mean(p: Tensor, bias: Tensor) -> Tensor:
+    """``p @ bias`` (n,) in which tokens that the student masks count where they have a share."""
+    masked = bias == -torch.inf
+    columns = torch.stack((bias.masked_fill(masked, 0), masked.to(bias.dtype)), dim=1)
+    mean, of_masked = (p @ columns).unbind(1)
+    return mean.masked_fill(of_masked > 0, -torch.inf)
 
 
 def _outputs(*arguments: Any) -> tuple[Tensor, ...]:

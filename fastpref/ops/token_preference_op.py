@@ -18,7 +18,8 @@ class Found(NamedTuple):
     """What the operator returns, 0 in rows that are not read."""
 
     tokens: Tensor  # (N, 2) int64, the teacher's likeliest and the student's
-    margin: Tensor  # (N,), the teacher's logit of the first less that of the second
+    margin: Tensor  # (N,), the teacher's logit of the first less that of the second; NaN where one
+    # of the two has no distribution
 
 
 def likeliest_of_both(*arguments: Any) -> tuple[Tensor, ...]:
@@ -35,10 +36,11 @@ def likeliest_of_both(*arguments: Any) -> tuple[Tensor, ...]:
     buffer = like.new_empty(step * padded(vocab_size))
     for block in blocks(0, n_rows, step):
         tile = carve(buffer, block.stop - block.start, vocab_size)
-        _, tokens[block, 1] = _likeliest(student, block, tile)
+        of_student, tokens[block, 1] = _likeliest(student, block, tile)
         maximum, tokens[block, 0] = _likeliest(teacher, block, tile)
         of_students = tile.gather(1, tokens[block, 1:]).squeeze(1)
         torch.sub(maximum, of_students, out=margin[block])
+        margin[block] += (maximum + of_student) * 0
     return tuple(spread(one, rows, count) for one in (tokens, margin))
 
 

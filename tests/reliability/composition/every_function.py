@@ -13,27 +13,38 @@ import fastpref
 from fastpref import Head
 from fastpref.losses import METHODS
 
-Given = dict[str, Tensor]
+# Tensors by name; also "transform", of the head, and "options", of every function with a head.
+Given = dict[str, Any]
 
 LABELS = torch.tensor([[1, 2, 3], [-100, 4, -100], [5, -100, 6], [-100, 7, 8]])
 WIDTH, VOCAB = 8, 20
 
 
-def batch(*, trains: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> Given:
+def batch(
+    *,
+    trains: Iterable[str] = (),
+    dtype: torch.dtype = torch.float32,
+    labels: Tensor = LABELS,
+    width: int = WIDTH,
+    vocab: int = VOCAB,
+) -> Given:
     """Four responses of up to three labels, the same ones whenever asked; some want a gradient."""
-    random = torch.Generator().manual_seed(5)
+    random, (rows, length) = torch.Generator().manual_seed(5), labels.shape
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
-    ids = torch.rand(4, 3, VOCAB, generator=random).argsort(-1)[..., :4]
+    ids = torch.rand(rows, length, vocab, generator=random).argsort(-1)[..., :4]
     found = {
-        "hidden": normal(4, 3, WIDTH), "weight": normal(VOCAB, WIDTH), "bias": normal(VOCAB),
-        "states": normal(4, 4, WIDTH), "teacher": normal(4, 3, 6), "of_teacher": normal(VOCAB, 6),
-        "means": normal(4, 3, WIDTH), "mean_bias": normal(4, 3), "entropy": normal(4, 3).abs(),
-        "ids": ids, "known": normal(4, 3, VOCAB).log_softmax(-1)[..., :4], "labels": LABELS.clone(),
-        "shaping": normal(4), "rewards": normal(4), "oracle": normal(4), "values": normal(4, 4),
-        "reward_head": normal(1, WIDTH), "logps": -normal(4, 3).abs(),
+        "hidden": normal(rows, length, width), "weight": normal(vocab, width),
+        "bias": normal(vocab), "states": normal(rows, length + 1, width),
+        "teacher": normal(rows, length, 6), "of_teacher": normal(vocab, 6),
+        "means": normal(rows, length, width), "mean_bias": normal(rows, length),
+        "entropy": normal(rows, length).abs(), "ids": ids,
+        "known": normal(rows, length, vocab).log_softmax(-1)[..., :4], "labels": labels.clone(),
+        "shaping": normal(rows), "rewards": normal(rows), "oracle": normal(rows),
+        "values": normal(rows, length + 1), "reward_head": normal(1, width),
+        "logps": -normal(rows, length).abs(),
     }  # fmt: skip
     for name in trains:
         found[name].requires_grad_()
@@ -41,7 +52,11 @@ def batch(*, trains: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> 
 
 
 def head(given: Given) -> Head:
-    return Head(given["weight"], given["bias"], softcap=30.0)
+    return Head(given["weight"], given["bias"], **given.get("transform", {"softcap": 30.0}))
+
+
+def _options(given: Given) -> dict[str, float]:
+    return given.get("options", {})
 
 
 def _plain_head(given: Given) -> Head:
@@ -61,64 +76,72 @@ Function = Callable[[Given, bool], Any]  # of a batch, and of ``compact``
 # Those with a gradient, of which the head may train.
 TRAINED: dict[str, Function] = {
     "linear_logps": lambda given, compact: fastpref.linear_logps(
-        given["hidden"], head(given), given["labels"], compact=compact
+        given["hidden"], head(given), given["labels"], compact=compact, **_options(given)
     ),
     "linear_logps_with_stats": lambda given, compact: fastpref.linear_logps_with_stats(
-        given["hidden"], head(given), given["labels"], compact=compact
+        given["hidden"], head(given), given["labels"], compact=compact, **_options(given)
     ),
-    "linear_logsumexp": lambda given, _: fastpref.linear_logsumexp(given["hidden"], head(given)),
+    "linear_logsumexp": lambda given, _: fastpref.linear_logsumexp(
+        given["hidden"], head(given), **_options(given)
+    ),
     "linear_divergence": lambda given, compact: fastpref.linear_divergence(
-        given["hidden"], head(given), *_teacher(given), given["labels"], kind="jsd", compact=compact
+        given["hidden"], head(given), *_teacher(given), given["labels"], kind="jsd",
+        compact=compact, **_options(given),
     ),
     "linear_divergence_with_stats": lambda given, compact: fastpref.linear_divergence_with_stats(
         given["hidden"], head(given), *_teacher(given), given["labels"], kind="reverse_kl",
-        compact=compact,
+        compact=compact, **_options(given),
     ),
     "linear_topk_divergence": lambda given, compact: fastpref.linear_topk_divergence(
         given["hidden"], head(given), given["ids"], given["known"], given["labels"],
-        compact=compact,
+        compact=compact, **_options(given),
     ),
     "linear_topk_divergence_with_stats": lambda given, compact: (
         fastpref.linear_topk_divergence_with_stats(
             given["hidden"], head(given), given["ids"], given["known"], given["labels"],
-            compact=compact,
+            compact=compact, **_options(given),
         )
     ),
     "linear_topk_expectation": lambda given, compact: fastpref.linear_topk_expectation(
         given["hidden"], head(given), given["ids"], given["known"], given["labels"],
-        compact=compact,
+        compact=compact, **_options(given),
     ),
     "linear_token_preference": lambda given, compact: fastpref.linear_token_preference(
-        given["hidden"], head(given), *_teacher(given), given["labels"], compact=compact
+        given["hidden"], head(given), *_teacher(given), given["labels"],
+        compact=compact, **_options(given),
     ),
     "tvkd_loss": lambda given, compact: fastpref.tvkd_loss(
-        given["hidden"], head(given), given["labels"], given["shaping"], compact=compact
+        given["hidden"], head(given), given["labels"], given["shaping"],
+        compact=compact, **_options(given),
     ),
     "drdo_loss": lambda given, compact: fastpref.drdo_loss(
         given["hidden"], head(given), given["labels"], given["rewards"], given["oracle"],
-        length_normalize=True, compact=compact,
+        length_normalize=True, compact=compact, **_options(given),
     ),
 }  # fmt: skip
 # Those of which it may not.
 FROZEN: dict[str, Function] = {
     "linear_cached_kl": lambda given, compact: fastpref.linear_cached_kl(
-        given["hidden"], _plain_head(given), _means(given), given["labels"], compact=compact
+        given["hidden"], _plain_head(given), _means(given), given["labels"],
+        compact=compact, **_options(given),
     ),
     "linear_cached_kl_with_stats": lambda given, compact: fastpref.linear_cached_kl_with_stats(
-        given["hidden"], _plain_head(given), _means(given), given["labels"], compact=compact
+        given["hidden"], _plain_head(given), _means(given), given["labels"],
+        compact=compact, **_options(given),
     ),
-}
+}  # fmt: skip
 # Those without a gradient.
 VALUES: dict[str, Function] = {
     "linear_stats": lambda given, compact: fastpref.linear_stats(
         given["hidden"], head(given), given["labels"],
-        stats=["logsumexp", "margin", "expected_logit", "target_logp", "is_top1"], compact=compact,
+        stats=["logsumexp", "margin", "expected_logit", "target_logp", "is_top1"],
+        compact=compact, **_options(given),
     ),
     "teacher_means": lambda given, compact: fastpref.teacher_means(
-        *_teacher(given), _plain_head(given), given["labels"], compact=compact
+        *_teacher(given), _plain_head(given), given["labels"], compact=compact, **_options(given)
     ),
     "teacher_shaping": lambda given, compact: fastpref.teacher_shaping(
-        given["states"], head(given), given["labels"], compact=compact
+        given["states"], head(given), given["labels"], compact=compact, **_options(given)
     ),
 }  # fmt: skip
 # Those that read no vocabulary: plain PyTorch.
@@ -178,7 +201,7 @@ def total(found: Any) -> Tensor:
 
 
 def gradients(given: Given, loss: Tensor, **options: bool) -> list[Tensor]:
-    wanted = [one for one in given.values() if one.requires_grad]
+    wanted = [one for one in given.values() if isinstance(one, Tensor) and one.requires_grad]
     return list(torch.autograd.grad(loss, wanted, **options))
 
 
