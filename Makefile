@@ -1,6 +1,7 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make check-install: the wheel in clean environments, a few minutes.
 # make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
+# make load: 20 000 random steps in one process, ten minutes.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults audit
+.PHONY: demo test lint check-install faults load audit
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -38,6 +39,13 @@ faults: export PYTHONPATH := tests:tests/trainers
 faults: .venv/.installed
 	$(BIN)/python -W ignore tests/reliability/faults/ending.py $$(mktemp -d) --ends $(ENDS)
 	unshare --map-root-user --mount $(BIN)/python tests/reliability/faults/tiny_disk.py
+
+# Random steps: memory, digits, bits and compilations stay as they are. docs/reliability.md
+STEPS := 20000
+SEED := 0
+load: export PYTHONPATH := tests:tests/reliability/composition
+load: .venv/.installed
+	$(BIN)/python tests/reliability/load/load.py --steps $(STEPS) --seed $(SEED)
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:

@@ -1,4 +1,4 @@
-"""Calls of every public function of tensors, each beside the same from full logits."""
+"""Calls of every public function that takes tensors, each beside the same from full logits."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def _divergence(function: Callable[..., Any], p: Problem, g: Given) -> Any:
         names = ("reference_hidden", "reference_head")
         reference = dict(zip(names, _reference(p, g), strict=True))
     return function(
-        *p.student(g), *p.teacher(g), p.labels, **p.with_kind(g), **reference,
-        **p.scratch(),
-    )  # fmt: skip
+        *p.student(g), *p.teacher(g), p.labels, **p.with_kind(g), **reference, **p.scratch()
+    )
 
 
 def _plain_divergence(p: Problem, g: Given, head: Head, **options: Any) -> Tensor:
@@ -75,9 +74,7 @@ def _plain_means(p: Problem, g: Given) -> tuple[Tensor | None, ...]:
 
 
 def _topk(function: Callable[..., Any], p: Problem, g: Given) -> Any:
-    return function(
-        *p.student(g), p.ids, p.known, p.labels, tail=p.tail, **p.options()
-    )
+    return function(*p.student(g), p.ids, p.known, p.labels, tail=p.tail, **p.options())
 
 
 def _log_q(p: Problem, g: Given) -> Tensor:
@@ -117,9 +114,8 @@ def _plain_preference(p: Problem, g: Given) -> Tensor:
     models = p.teacher(exact), p.student(exact)
     tokens = tuple(formulas.logits(*model).argmax(-1) for model in models)
     return formulas.linear_token_preference(
-        p.student(g), p.teacher(g), p.labels, beta=0.5, tokens=tokens,
-        **p.plain(),
-    )  # fmt: skip
+        p.student(g), p.teacher(g), p.labels, beta=0.5, tokens=tokens, **p.plain()
+    )
 
 
 def _shaping(function: Callable[..., Any], p: Problem, g: Given, **more: Any) -> Tensor:
@@ -127,6 +123,14 @@ def _shaping(function: Callable[..., Any], p: Problem, g: Given, **more: Any) ->
         more |= {"reference_hidden": g["reference"], "reference_head": g["of_reference"]}
     return function(
         g["teacher"], g["of_teacher"], p.labels, potential=p.potential, gamma=0.9, **more
+    )
+
+
+def _from_values(
+    function: Callable[..., Any], p: Problem, states: Tensor, labels: Tensor, more: Given
+) -> Tensor:
+    return function(
+        states[..., 0], labels, form="next_value", ignore_index=p.batch.ignore_index, **more
     )
 
 
@@ -251,6 +255,10 @@ CALLS: dict[str, Call] = {
         lambda p, g: formulas.sequence_rewards(
             g["states"], p.labels, g["reward_head"], ignore_index=p.batch.ignore_index
         ),
+    ),
+    "shaping_from_values": Call(
+        lambda p, g: _from_values(fastpref.shaping_from_values, p, *p.states(g), p.boundaries()),
+        lambda p, g: _from_values(formulas.shaping_from_values, p, g["states"], p.labels, {}),
     ),
     "tvkd_loss": Call(
         lambda p, g: fastpref.tvkd_loss(

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     length_normalize: bool
 
     def leaves(self, dtype: torch.dtype, *, trained: bool) -> Given:
-        """All tensors in ``dtype``; hidden states want a gradient, and with ``trained`` the head."""
+        """All tensors in ``dtype``; hidden states want gradients, and with ``trained`` the head."""
         trains = {"states", "weight", "bias"} if trained else {"states"}
         return self.batch.leaves(dtype, trains, **self.more)
 

@@ -59,7 +59,7 @@ class Step(NamedTuple):
         size = 0.0
         if self.name.startswith("linear_cached_kl"):
             # A difference of numbers of the size of the logits, as its docstring says.
-            size = float(formulas.logits(*self.problem.student(leaves)).abs().max())
+            size = float(formulas.logits(*self.problem.student(leaves)).detach().abs().max())
         for one, *others in zip(found, rough, nearby, exact, strict=True):
             hold(one, *others, dtype, size)
 

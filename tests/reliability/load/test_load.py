@@ -13,6 +13,11 @@ from load import load
 FEW = {"warm_up": 5, "compare_every": 1, "compile_every": 4, "compiled": ()}
 
 
+def test_every_function_is_called():
+    """`sum_responses` where losses are, of which every method has its turn."""
+    assert {*calls.CALLS, "sum_responses"} == {*every_function.EVERY, "losses"}
+
+
 def test_a_few_hundred_steps():
     load(200, warm_up=80, compare_every=10, compile_every=50, compiled=["linear_divergence"])
 

@@ -158,7 +158,7 @@ def remembers(function):
     count = iter(range(10**6))
 
     def call(problem, given):
-        return function(problem, given) * (1 + 1e-9 * next(count))
+        return function(problem, given) * (1 + 1e-12 * next(count))
 
     return call
 
@@ -169,10 +169,8 @@ def remembers(function):
 )
 def test_faults_are_seen(monkeypatch, fault, message):
     function = calls.CALLS["sequence_rewards"]
-    only = {"sequence_rewards": function._replace(ours=fault(function.ours))}
-    monkeypatch.setattr(f"{__name__}.NAMES", st.just("sequence_rewards"))
-    for name in calls.CALLS:
-        monkeypatch.setitem(calls.CALLS, name, only["sequence_rewards"])
+    for name in calls.CALLS:  # a function that is quick, whichever is called
+        monkeypatch.setitem(calls.CALLS, name, function._replace(ours=fault(function.ours)))
     once = settings(BUDGET, phases=[Phase.generate], print_blob=False)
     with pytest.raises(AssertionError, match=message):
         run_state_machine_as_test(Machine, settings=once)
