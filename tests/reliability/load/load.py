@@ -26,7 +26,7 @@ from torch._dynamo.utils import counters
 MIB = 2**20
 # Between the end of the warm-up and the last step; the allocator's own pages come and go.
 RESIDENT_BOUND = 16 * MIB
-OBJECTS_BOUND = 300
+OBJECTS_BOUND = 100
 # Of each function: for the first length and for all others.
 COMPILATIONS = 2
 COMPILED = ("linear_logps_with_stats", "linear_divergence", "tvkd_loss")

@@ -19,7 +19,7 @@ def test_every_function_is_called():
 
 
 def test_a_few_hundred_steps():
-    load(200, warm_up=80, compare_every=10, compile_every=50, compiled=["linear_divergence"])
+    load(180, warm_up=60, compare_every=10, compile_every=50, compiled=["linear_divergence"])
 
 
 def test_kept_results_are_seen(monkeypatch):

@@ -24,7 +24,7 @@ from steps import DTYPES, Step, drawn_step
 from torch import Tensor
 
 NAMES, SEEDS = st.sampled_from(list(calls.CALLS)), st.integers(0, 2**31)
-BUDGET = settings(max_examples=15, stateful_step_count=12, derandomize=True, deadline=None)
+BUDGET = settings(max_examples=25, stateful_step_count=12, derandomize=True, deadline=None)
 
 
 class Begun:
