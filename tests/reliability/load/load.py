@@ -24,6 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 MIB = 2**20
+WARM_UP = 100  # steps at least: every function has been compiled for two lengths then
 # Between the end of the warm-up and the last step; the allocator's own pages come and go.
 RESIDENT_BOUND = 16 * MIB
 OBJECTS_BOUND = 100
@@ -151,10 +152,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 2 * WARM_UP:
+        parser.error(f"--steps: expected at least {2 * WARM_UP}, got {args.steps}")
     torch.set_num_threads(1)
     first, last = load(
-        args.steps, args.seed, warm_up=args.steps // 10, compare_every=10, compile_every=20,
-        report_every=max(1, args.steps // 10),
+        args.steps, args.seed, warm_up=max(args.steps // 10, WARM_UP), compare_every=10,
+        compile_every=20, report_every=args.steps // 10,
     )  # fmt: skip
     print(f"after the warm-up: {first}\nat the end: {last}\nno drift, the same bits")
 
