@@ -2,6 +2,7 @@
 # make check-install: the wheel in clean environments, a few minutes.
 # make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
+# make load: 20 000 random steps in one process, ten minutes.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults audit gpu-check
+.PHONY: demo test lint check-install faults load audit gpu-check
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -45,6 +46,13 @@ faults: .venv/.installed
 # CHECKS='--allow-missing' for a machine that lacks some of it.
 gpu-check: .venv/.installed
 	$(BIN)/python tests/reliability/gpu/gpu_check.py $(CHECKS)
+
+# Random steps: memory, digits, bits and compilations stay as they are. docs/reliability.md
+STEPS := 20000
+SEED := 0
+load: export PYTHONPATH := tests:tests/reliability/composition
+load: .venv/.installed
+	$(BIN)/python tests/reliability/load/load.py --steps $(STEPS) --seed $(SEED)
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:
