@@ -1,6 +1,7 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make check-install: the wheel in clean environments, a few minutes.
 # make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
+# make peer-tests TRL=<checkout> LIGER=<checkout> CCE=<checkout>: their tests of our functions.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults audit
+.PHONY: demo test lint check-install faults audit peer-tests
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -38,6 +39,13 @@ faults: export PYTHONPATH := tests:tests/trainers
 faults: .venv/.installed
 	$(BIN)/python -W ignore tests/reliability/faults/ending.py $$(mktemp -d) --ends $(ENDS)
 	unshare --map-root-user --mount $(BIN)/python tests/reliability/faults/tiny_disk.py
+
+# Other libraries' own tests, with fastpref in the place of what they test: docs/reliability.md. A
+# checkout that is not given is skipped; SELECT as pytest's -k ("not 8-128": no large sizes of Liger's).
+peer-tests: export PYTHONPATH := benchmarks
+peer-tests: .venv/.installed
+	$(BIN)/python tests/reliability/peers/peer_tests.py --trl "$(TRL)" --liger "$(LIGER)" \
+		--cce "$(CCE)" --select "$(SELECT)" --output benchmarks/results/peer-tests.json
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:
