@@ -35,17 +35,19 @@ def _responses(
 
 
 @torch.no_grad()
-def _mean_logits(hidden: Tensor, head: Head) -> Tensor:
-    """The mean over positions and the vocabulary: a metric of theirs, without the logits."""
-    mean = hidden.float().flatten(0, -2).mean(0) @ head.weight.float().mean(0)
-    return mean if head.bias is None else mean + head.bias.float().mean()
+def _sum_logits(hidden: Tensor, head: Head) -> Tensor:
+    """The sum over positions and the vocabulary, without the logits: of a metric of theirs."""
+    rows = hidden.float().flatten(0, -2)
+    found = rows.sum(0) @ head.weight.float().sum(0)
+    return found if head.bias is None else found + len(rows) * head.bias.float().sum()
 
 
 def _pair_metrics(
     hidden: Tensor, head: Head, logps: Tensor, nll: Tensor | None, *metrics: Tensor
 ) -> tuple[Tensor, ...]:
     nothing = logps.new_zeros(())
-    means = (_mean_logits(half, head) for half in hidden.chunk(2))
+    halves, tokens = hidden.chunk(2), len(head.weight)
+    means = (_sum_logits(one, head) / (one[..., 0].numel() * tokens) for one in halves)
     return (*logps.detach().chunk(2), *means, nothing if nll is None else nll, *metrics)
 
 
@@ -159,17 +161,12 @@ def kto(
     moved = reference + point.clamp_max(0)
     good = preference_labels.bool()
     found = losses.kto(policy, moved, good, point.clamp_min(0), beta=beta)
-    rewards = beta * (policy.logps.detach() - reference)
-    # Their sums of logits are of positions and tokens, too.
-    size = target.shape[1] * weight.shape[0]
-    logits = [
-        _mean_logits(hidden[these], head) * these.sum() * size if these.any() else rewards.new_zeros(())
-        for these in (good, ~good)
-    ]
     logps = policy.logps.detach()
-    return found.loss, (
-        logps[good].sum(), logps[~good].sum(), *logits, rewards[good].sum(), rewards[~good].sum(),
-    )  # fmt: skip
+    rewards = beta * (logps - reference)
+    halves = (good, ~good)
+    logits = (_sum_logits(hidden[one], head) for one in halves)
+    sums = [values[one].sum() for values in (logps, rewards) for one in halves]
+    return found.loss, (*sums[:2], *logits, *sums[2:])
 
 
 @stand_in

@@ -95,7 +95,7 @@ def chunked_cross_entropy(
 
 @stand_in
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """`linear_logps`, rounded to the logits' dtype as theirs is; several tokens are several rows."""
+    """`linear_logps`, rounded to the logits' dtype as theirs is; a row for each token."""
     head = _identity(logits)
     several = index.dim() == logits.dim()
     rows = logits[..., None, :].expand(*index.shape, -1) if several else logits

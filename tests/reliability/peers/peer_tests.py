@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from report import describe_run
 from peer_tables import markdown
+from report import describe_run
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]

@@ -1,4 +1,4 @@
-"""How fastpref's functions take the place of a peer's, and how it is known that they were called."""
+"""How fastpref's functions take the place of a peer's, and how it is known that they ran."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ def theirs(*_, **__):
 @pytest.fixture
 def adapter(request, monkeypatch):
     """An adapter, beside a package that has its places and nothing else."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     found = importlib.import_module(request.param)
     for place in found.PLACES:
         module, _, path = place.partition(":")
