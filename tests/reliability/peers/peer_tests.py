@@ -47,8 +47,6 @@ def run_peer(key: str, checkout: Path, tests: list[str], select: str) -> dict[st
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "PYTHONDONTWRITEBYTECODE": "1",
-            # Whether the peer's own side is compiled is nothing to us, and takes minutes on a CPU.
-            "TORCH_COMPILE_DISABLE": "1",
         }
         # The plugin says what failed; pytest's exit status says no more.
         subprocess.run(command, cwd=checkout, env=environment, check=False)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import standing_in
@@ -55,6 +56,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Put fastpref in place before the peer's tests are imported."""
     adapter = importlib.import_module(config.getoption("--adapter"))
+    # Whether the peer's own side is compiled is nothing to us, and takes minutes on a CPU.
+    compiled = mock.patch.object(torch, "compile", _uncompiled)
+    compiled.start()
+    config.add_cleanup(compiled.stop)
     missing = standing_in.install(adapter.PLACES)
     if len(missing) == len(adapter.PLACES):
         raise pytest.UsageError(f"none of these is there: {', '.join(missing)}")
@@ -130,6 +135,10 @@ class Recorder:
             "outcomes": [asdict(one) for one in self.outcomes],
         }
         self.file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    return function or (lambda one: one)
 
 
 def _without_conditions(markers: Callable[..., Iterator[Any]], name: str | None = None) -> Any:
