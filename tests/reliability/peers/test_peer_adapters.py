@@ -126,6 +126,30 @@ def test_the_tables_of_the_docs_are_those_of_the_results():
     assert set(RESULTS["peers"]) == set(peer_tests.PEERS.values())
 
 
+def test_a_checkout_that_is_not_given_is_skipped_and_one_without_tests_refused(
+    tmp_path, capsys, monkeypatch
+):
+    given = ["peer_tests.py", "--output", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as ended:
+        peer_tests.main()
+    assert not ended.value.code and capsys.readouterr().out.count("skipped") == 3
+    assert json.loads((tmp_path / "out.json").read_text("utf-8"))["peers"] == {}
+    monkeypatch.setattr(sys, "argv", [*given, "--trl", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"has none of tests/test_utils\.py"):
+        peer_tests.main()
+
+
+def test_outcomes_are_counted_by_file_and_class():
+    tests = ("a/test_x.py::test_y", "a/test_x.py::test_z", "b/test_x.py::TestY::test_z")
+    kinds = ("passed", "failed", "passed")
+    found = [{"test": one, "outcome": kind} for one, kind in zip(tests, kinds, strict=True)]
+    assert peer_tests.groups(found) == {
+        "test_x.py": {"passed": 1, "failed": 1},
+        "test_x.py::TestY": {"passed": 1},
+    }
+
+
 def test_unexplained_failures_stand_in_the_table():
     failed = {"test": "a/test_x.py::test_y", "reason": "assert 1 == 2", "explanation": ""}
     peer = {"failures": [failed], "not_collected": ["test_z.py: no such module"]}
