@@ -42,7 +42,8 @@ def reasons(report: dict[str, Any]) -> str:
     """Why tests are not applicable."""
     lines = ["| not applicable | tests | why |", "|---|---|---|"]
     for name, peer in report["peers"].items():
-        lines += [f"| {name} | {n} | {why} |" for why, n in peer["not_applicable"].items()]
+        said = {" ".join(why.split()): n for why, n in peer["not_applicable"].items()}
+        lines += [f"| {name} | {n} | {why} |" for why, n in said.items()]
     return "\n".join(lines)
 
 

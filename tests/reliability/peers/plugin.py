@@ -147,6 +147,8 @@ def _without_conditions(markers: Callable[..., Iterator[Any]], name: str | None 
 
 def _reason(said: str) -> str:
     reason = said.removeprefix("Skipped: ").strip()
+    if NO_CONNECTION.search(reason):
+        return OFFLINE
     gpu = re.search(r"cuda|gpu|accelerator", reason, re.IGNORECASE)
     return f"needs a GPU ({reason})" if gpu else reason
 
