@@ -3,6 +3,7 @@
 # make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
 # make load: 20 000 random steps in one process, ten minutes.
+# make peer-tests TRL=<checkout> LIGER=<checkout> CCE=<checkout>: their tests of our functions.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults load audit gpu-check
+.PHONY: demo test lint check-install faults load audit gpu-check peer-tests
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -53,6 +54,13 @@ SEED := 0
 load: export PYTHONPATH := tests:tests/reliability/composition
 load: .venv/.installed
 	$(BIN)/python tests/reliability/load/load.py --steps $(STEPS) --seed $(SEED)
+
+# Other libraries' own tests, with fastpref in the place of what they test: docs/reliability.md. A
+# checkout that is not given is skipped; SELECT as pytest's -k ("not 8-128": no large sizes of Liger's).
+peer-tests: export PYTHONPATH := benchmarks
+peer-tests: .venv/.installed
+	$(BIN)/python tests/reliability/peers/peer_tests.py --trl "$(TRL)" --liger "$(LIGER)" \
+		--cce "$(CCE)" --select "$(SELECT)" --output benchmarks/results/peer-tests.json
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:
