@@ -1,0 +1,3 @@
+"""draft"""
+def markdown(path): return ""
+def summary(path): return ""
