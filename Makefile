@@ -1,6 +1,6 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make check-install: the wheel in clean environments, a few minutes.
-# make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
+# make faults: kills and full disks, half an hour.  make errors: rounding errors, ten minutes.  make audit: known vulnerabilities; needs network.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults audit
+.PHONY: demo test lint check-install faults errors audit
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -38,6 +38,11 @@ faults: export PYTHONPATH := tests:tests/trainers
 faults: .venv/.installed
 	$(BIN)/python -W ignore tests/reliability/faults/ending.py $$(mktemp -d) --ends $(ENDS)
 	unshare --map-root-user --mount $(BIN)/python tests/reliability/faults/tiny_disk.py
+
+# Rounding errors of every function, beside its peers: docs/reliability.md.
+errors: export PYTHONPATH := tests
+errors: .venv/.installed
+	$(BIN)/python benchmarks/errors.py
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:

@@ -40,10 +40,14 @@ class Inputs(NamedTuple):
     ids: Tensor  # (N, K) int64, of the teacher's likeliest tokens
     logps: Tensor  # (N, K) float32, their log-probabilities
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        """The same with models in another dtype."""
-        sides = [Side(*(one.to(dtype) for one in side)) for side in self[:3]]
-        return Inputs(*sides, *self[3:])
+    def to(self, dtype: torch.dtype, device: str | None = None) -> "Inputs":
+        """The same with models in another dtype, and all on another device if one is given."""
+        student, teacher, reference = (
+            Side(side.hidden.to(device, dtype), side.weight.to(device, dtype))
+            for side in (self.student, self.teacher, self.reference)
+        )
+        labels, ids, logps = (one.to(device) for one in (self.labels, self.ids, self.logps))
+        return Inputs(student, teacher, reference, labels, ids, logps)
 
 
 Call = Callable[[Inputs], Tensor | dict[str, Tensor]]
@@ -142,7 +146,8 @@ def _our_statistics(inputs: Inputs) -> dict[str, Tensor]:
     from fastpref import linear_stats
 
     names: tuple[Statistic, ...] = get_args(Statistic)
-    return dict(linear_stats(*inputs.student, inputs.labels, stats=names))
+    found = linear_stats(*inputs.student, inputs.labels, stats=names)
+    return {name: found[name] for name in names}
 
 
 def _our_divergence(name: str = "linear_divergence", **options: Any) -> Call:

@@ -1,3 +1,11 @@
-"""draft"""
-def markdown(path): return ""
-def summary(path): return ""
+"""Draft."""
+
+
+def markdown(path: object) -> str:
+    """Draft."""
+    return ""
+
+
+def summary(path: object) -> str:
+    """Draft."""
+    return ""
