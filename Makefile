@@ -1,6 +1,7 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make check-install: the wheel in clean environments, a few minutes.
-# make faults: kills and full disks, half an hour.  make errors: rounding errors, ten minutes.  make audit: known vulnerabilities; needs network.
+# make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
+# make errors: rounding errors beside other libraries, ten minutes.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3

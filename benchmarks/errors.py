@@ -12,7 +12,7 @@ import torch
 import typer
 from divergence_peers import Side, wider
 from error_primitives import FASTPREF, FULL, PRIMITIVES, Call, Inputs, Peer, Primitive
-from error_report import markdown, summary
+from error_report import ERRORS, ROUNDED, markdown, summary
 from inputs import ROWS, SHIPPED_PAIRS, SMOLLM2, InputError, real_batch
 from measure import one_line, relative_error
 from memory import RESULTS, check_output
@@ -27,8 +27,6 @@ SPREADS = (1, 5, 20)  # standard deviations of random logits
 TOKENS, HIDDEN_SIZE, VOCABULARY = 256, 128, 2048  # of random inputs
 REAL_TOKENS = 64
 KNOWN = 32  # tokens of the teacher that top-k functions are given
-ROUNDED = "float64, rounded once"
-ERRORS = ("value", "hidden", "head")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
