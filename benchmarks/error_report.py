@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from error_primitives import FASTPREF, PRIMITIVES
-from inputs import SMOLLM2
 
 ERRORS = ("value", "hidden", "head")
 ROUNDED = "float64, rounded once"
@@ -59,14 +58,10 @@ def _by_inputs(
 
 
 def tables_of_docs(rows: list[Row]) -> list[str]:
-    """Those of docs/reliability.md."""
-    shown = [
-        ("float32", SMOLLM2),
-        ("bfloat16", SMOLLM2),
-        ("float16", "std 5"),
-        ("float32", "std 1"),
-    ]
-    return [contenders(rows, shown), overview(rows, SMOLLM2), exceptions(rows)]
+    """Those of docs/reliability.md: log-probabilities by everybody, all functions, exceptions."""
+    flat, *_, last = _each(rows, "inputs")
+    shown = [(dtype, inputs) for dtype in ("float32", "bfloat16") for inputs in (flat, last)]
+    return [contenders(rows, shown), overview(rows, last), exceptions(rows)]
 
 
 def overview(rows: list[Row], inputs: str) -> str:
