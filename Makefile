@@ -4,6 +4,7 @@
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
 # make load: 20 000 random steps in one process, ten minutes.
 # make peer-tests TRL=<checkout> LIGER=<checkout> CCE=<checkout>: their tests of our functions.
+# make errors: rounding errors beside other libraries, ten minutes.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults load audit gpu-check peer-tests
+.PHONY: demo test lint check-install faults load errors audit gpu-check peer-tests
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -61,6 +62,11 @@ peer-tests: export PYTHONPATH := benchmarks
 peer-tests: .venv/.installed
 	$(BIN)/python tests/reliability/peers/peer_tests.py --trl "$(TRL)" --liger "$(LIGER)" \
 		--cce "$(CCE)" --select "$(SELECT)" --output benchmarks/results/peer-tests.json
+
+# Rounding errors of every function, beside its peers: docs/reliability.md.
+errors: export PYTHONPATH := tests
+errors: .venv/.installed
+	$(BIN)/python benchmarks/errors.py
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:

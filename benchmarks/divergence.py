@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
-from divergence_peers import BASELINE, HEADS, KINDS, PEERS, Head, Kind, Side, from_logits
+from divergence_peers import BASELINE, HEADS, KINDS, PEERS, Head, Kind, Side, from_logits, wider
 from inputs import ROWS, SHIPPED_PAIRS, InputError, real_batch
-from measure import peak_growth
+from measure import peak_growth, relative_error
 from memory import RESULTS, check_output, parse_tokens
 from peers import why_missing
 from report import MEGABYTE, describe_run, write_json
@@ -178,11 +178,7 @@ def save_inputs(folder: Path, tokens: int) -> None:
     """Save both sides (N, H) and the labels (N,) in float32."""
     batch = real_batch(None, SHIPPED_PAIRS, tokens // ROWS)
     hidden, weight = batch.hidden[:, :-1].flatten(0, 1), batch.weight
-    generator = torch.Generator().manual_seed(0)
-    # Half of the teacher is the student; the rest adds logits with a standard deviation of one.
-    more = torch.randn(hidden.shape, generator=generator)
-    weight_of_more = torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
-    teacher = Side(torch.cat((hidden, more), 1), torch.cat((weight, weight_of_more), 1))
+    teacher = wider(Side(hidden, weight), torch.Generator().manual_seed(0))
     labels = batch.labels.flatten()
     torch.save(
         {"student": [hidden, weight], "teacher": [*teacher], "labels": labels}, _file(folder)
@@ -301,8 +297,8 @@ def _measure(job: Job) -> Row:
     row.peak_extra_bytes = max(peak - returned, 0)
     saved = torch.load(_reference(job.folder, job.dtype, job.tokens, job.kind), map_location=device)
     row.value_error = abs(values[0].item() - saved["value"]) / abs(saved["value"])
-    row.hidden_grad_error = _relative_error(gradients[0], saved["hidden_grad"])
-    row.weight_grad_error = _relative_error(gradients[1], saved["weight_grad"])
+    row.hidden_grad_error = relative_error(gradients[0], saved["hidden_grad"])
+    row.weight_grad_error = relative_error(gradients[1], saved["weight_grad"])
     del gradients, saved
 
     times: list[float] = []
@@ -319,13 +315,6 @@ def _measure(job: Job) -> Row:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _relative_error(got: Tensor | None, expected: Tensor) -> float | None:
-    if got is None:
-        return None
-    difference = torch.linalg.vector_norm(got.double() - expected.double())
-    return float(difference / torch.linalg.vector_norm(expected.double()))
 
 
 def _sections(rows: list[Row]) -> Iterator[tuple[tuple[str, int, Head, Kind], list[Row]]]:

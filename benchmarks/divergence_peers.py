@@ -29,6 +29,14 @@ class Side(NamedTuple):
     weight: Tensor  # (V, H)
 
 
+def wider(side: Side, generator: torch.Generator) -> Side:
+    """A model of which half is another; the rest adds logits with a standard deviation of one."""
+    hidden, weight = side
+    more = torch.randn(hidden.shape, generator=generator)
+    weight_of_more = torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
+    return Side(torch.cat((hidden, more), 1), torch.cat((weight, weight_of_more), 1))
+
+
 @dataclass(frozen=True)
 class Peer:
     """A way to compute the divergence."""
@@ -64,15 +72,20 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def trl(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor:
-    """TRL's chunked divergence, called as its distillation trainer calls it."""
+def trl_tokens(student: Side, teacher: Side, kind: Kind) -> Tensor:
+    """TRL's chunked divergence of every token, called as its distillation trainer calls it."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     no_bias = None
     found: Tensor = ChunkedDivergenceFunction.apply(  # type: ignore[no-untyped-call]  # TRL's own
         student.hidden, student.weight, no_bias, teacher.hidden, teacher.weight, no_bias, BETA[kind]
     )[0]
-    return found.mean()
+    return found
+
+
+def trl(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor:
+    """Mean of `trl_tokens`."""
+    return trl_tokens(student, teacher, kind).mean()
 
 
 def liger(student: Side, teacher: Side, labels: Tensor, kind: Kind) -> Tensor:

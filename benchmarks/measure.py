@@ -105,7 +105,7 @@ def _measure_job(job: Job, sender: Connection) -> None:
         except ImportError as error:
             row = _row(job, tokens, "missing", why_missing(error, PEERS[job.peer].install))
         except Exception as error:  # another project's error is a result to show
-            row = _row(job, tokens, "failed", _one_line(error))
+            row = _row(job, tokens, "failed", one_line(error))
         sender.send(row)
 
 
@@ -113,7 +113,8 @@ def _row(job: Job, tokens: int, status: Status, reason: str = "") -> Measurement
     return Measurement(job.model, tokens, job.head, job.peer, status, reason)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's class and the beginning of its message."""
     first_line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first_line}"[:200]
 
@@ -265,11 +266,12 @@ def _add_errors(
     saved = torch.load(reference_file(folder, row.tokens), map_location=loss.device)
     expected = saved[1.0 if peer.takes_shaping else 0.0]
     row.loss_error = abs(loss.item() - expected["loss"]) / abs(expected["loss"])
-    row.hidden_grad_error = _relative_error(hidden_grad, expected["hidden_grad"])
-    row.weight_grad_error = _relative_error(weight_grad, expected["weight_grad"])
+    row.hidden_grad_error = relative_error(hidden_grad, expected["hidden_grad"])
+    row.weight_grad_error = relative_error(weight_grad, expected["weight_grad"])
 
 
-def _relative_error(got: Tensor | None, expected: Tensor) -> float | None:
+def relative_error(got: Tensor | None, expected: Tensor) -> float | None:
+    """Norm of the difference over the norm of what is expected; None of nothing."""
     if got is None:
         return None
     difference = torch.linalg.vector_norm(got.double() - expected.double())

@@ -80,11 +80,18 @@ def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tenso
 
 def trl_chunked_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """TRL's chunked log-probabilities, called as its trainers call it; (...) float32."""
+    return trl_outputs(hidden, weight, labels)[0]
+
+
+def trl_outputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, more: tuple[str, ...] = ()
+) -> list[Tensor]:
+    """TRL's log-probabilities, and what else is asked for by its names; (...) float32 each."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     vocabulary_chunk = 32_768  # what TRL's trainers pass
     temperature, softcap, logit_scale = 1.0, None, 1.0
-    logps, *_ = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+    found = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]  # TRL's own
         hidden.flatten(0, -2),
         weight,
         None,
@@ -93,10 +100,9 @@ def trl_chunked_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         vocabulary_chunk,
         softcap,
         logit_scale,
-        ("log_probs",),
+        ("log_probs", *more),
     )
-    result: Tensor = logps.view_as(labels)
-    return result
+    return [one.view_as(labels) for one in found if one is not None]
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, shaping: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ hidden (2B, T, H), a head (V, H), labels (2B, T). The library imports none of th
 
 from __future__ import annotations
 
-import math
-
 import torch
+from logit_formulas import divergence, statistics, token_preference
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -56,25 +55,9 @@ def linear_stats(
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
     """Every statistic (...) of the vocabulary, 0 (False) where ignored."""
-    q = logits(hidden, head)
-    log_p = (q / temperature).log_softmax(-1)
-    p = log_p.exp()
-    mask = labels != ignore_index
-    at_label = torch.where(mask, labels, 0).unsqueeze(-1)
-    sorted_p = torch.nn.functional.pad(p, (0, 1)).sort(-1, descending=True).values
-    target_logit = q.gather(-1, at_label).squeeze(-1)
-    stats = {
-        "logsumexp": temperature * (q / temperature).logsumexp(-1),
-        "max_prob": sorted_p[..., 0],
-        "margin": sorted_p[..., 0] - sorted_p[..., 1],
-        "expected_logit": torch.where(p > 0, p * q, 0).sum(-1),
-        "entropy": -torch.where(p > 0, p * log_p, 0).sum(-1),
-        "target_logit": target_logit,
-        "target_logp": log_p.gather(-1, at_label).squeeze(-1),
-        "log_sum_squared_probs": p.square().sum(-1).log(),
-        "is_top1": target_logit == q.amax(-1),
-    }
-    return {name: values.masked_fill(~mask, 0) for name, values in stats.items()}
+    return statistics(
+        logits(hidden, head), labels, temperature=temperature, ignore_index=ignore_index
+    )
 
 
 def shaping_from_values(
@@ -314,41 +297,6 @@ def ipo(
     return torch.stack(losses).mean()
 
 
-def divergence(
-    log_q: Tensor,
-    log_p: Tensor,
-    *,
-    kind: str,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    detach_mixture: bool = False,
-) -> Tensor:
-    """Divergence (...) of two distributions, given as log-probabilities (..., V)."""
-
-    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        a = log_a.exp()
-        return torch.where(a > 0, a * (log_a - log_b), 0).sum(-1)
-
-    def mixture(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
-        return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
-
-    if kind == "jsd":
-        log_m = mixture(beta, log_p, log_q)
-        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-    if kind == "skew_kl":
-        return kl(log_p, mixture(alpha, log_p, log_q))
-    if kind == "skew_reverse_kl":
-        log_m = mixture(alpha, log_q.detach() if detach_mixture else log_q, log_p)
-        return kl(log_q, log_m)
-    if kind == "total_variation":
-        return (log_q.exp() - log_p.exp()).abs().sum(-1) / 2
-    return {
-        "forward_kl": lambda: kl(log_p, log_q),
-        "reverse_kl": lambda: kl(log_q, log_p),
-        "jeffreys": lambda: kl(log_p, log_q) + kl(log_q, log_p),
-    }[kind]()
-
-
 def linear_divergence(
     student: tuple[Tensor, Head | Tensor],
     teacher: tuple[Tensor, Head | Tensor],
@@ -394,10 +342,5 @@ def linear_token_preference(
     log_q, log_p = (
         logits(*model, temperature=temperature).log_softmax(-1) for model in (student, teacher)
     )
-    first, second = (log_p.argmax(-1), log_q.argmax(-1)) if tokens is None else tokens
-    ratio, of_teacher = (
-        (one.gather(-1, first.unsqueeze(-1)) - one.gather(-1, second.unsqueeze(-1))).squeeze(-1)
-        for one in (log_q, log_p.detach())
-    )
-    losses = -logsigmoid(beta * (ratio - of_teacher.to(ratio.dtype)))
+    losses = token_preference(log_q, log_p, beta=beta, tokens=tokens)
     return torch.where(labels != ignore_index, losses, 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastpref.ops.backend import multiply, tile_functions
 from fastpref.ops.operands import Logits
 from fastpref.ops.tiling import KeptTiles, carve
+from fastpref.ops.torch_tiles import write_at_labels
 
 
 class LogitGradients(NamedTuple):
@@ -32,6 +33,8 @@ def gradients(
     """Write the gradients that are wanted: a matrix product each, one more for what is not kept.
 
     The vocabulary is the outer loop, so each stretch of the weight's gradient is finished at once.
+    The labels' own rows of the weight are added last: among the many small terms of a product, each
+    partial sum would be as large as one of theirs, and rounded like it.
     """
     sums = given.reference
     grid = logits.grid_by_columns(sums)
@@ -43,15 +46,21 @@ def gradients(
     tiles = KeptTiles(cache, grid, hidden.dtype, sums.dtype)
     # A product rounds once: if it is the whole sum, it may have the narrow dtype of the weight.
     at_once = (sums.dtype, hidden.dtype) if grid.stretch_rows >= grid.rows else (sums.dtype,)
+    others = given
+    if hidden_gradient is not None:
+        others = given._replace(of_labels=torch.zeros_like(given.of_labels))
     for columns in grid.column_stretches():
         weight_total = _total(weight_gradient, columns, at_once)
         bias_total = _total(bias_gradient, columns, (sums.dtype,))
         for rows in grid.row_stretches():
             gradient = carve(buffer, rows.stop - rows.start, columns.stop - columns.start)
-            _fill(gradient, logits, hidden, given, tiles, rows, columns, scratch)
+            _fill(gradient, logits, hidden, others, tiles, rows, columns, scratch)
             if hidden_gradient is not None:
                 total = hidden_gradient[rows]
                 multiply(gradient, weight[columns], total, add=columns.start > 0)
+                if logits.labels is not None:
+                    labels = logits.labels[rows]
+                    write_at_labels(gradient, labels, columns.start, given.of_labels[rows])
             if weight_total is not None:
                 multiply(gradient.T, hidden[rows], weight_total, add=rows.start > 0)
             if bias_total is not None:
@@ -59,6 +68,8 @@ def gradients(
                 bias_total.copy_(summed) if rows.start == 0 else bias_total.add_(summed)
         _write(weight_gradient, columns, weight_total)
         _write(bias_gradient, columns, bias_total)
+    if hidden_gradient is not None and logits.labels is not None:
+        logits.add_weight_of_labels_(hidden_gradient, given.of_labels)
 
 
 def _fill(

@@ -283,7 +283,11 @@ def _values(
         column = (ids == ids[:, count:]).to(torch.uint8).argmax(1, keepdim=True)
         extra = logits[:, count:].masked_fill(column < count, -torch.inf)
         logits = torch.cat((logits[:, :count], extra), dim=1)
-    log_q, lse = normalise(torch.cat((logits, found.rest.unsqueeze(1)), dim=1))
+    maximum, of_rest = found.stats.unbind(1)
+    log_q, lse = normalise(
+        torch.cat((logits, maximum.unsqueeze(1)), dim=1),
+        torch.cat((torch.zeros_like(logits), found.rest.unsqueeze(1)), dim=1),
+    )
     log_rest = joined(log_q[:, count], log_q[:, -1]) if stats else log_q[:, -1]
     if tail == "bucket":
         divergence = bucket(log_q[:, :count], numbers, log_rest)
@@ -291,7 +295,6 @@ def _values(
         divergence = OF_TOKENS[tail](log_q[:, :count], numbers)
     if not stats:
         return [divergence]
-    maximum, of_rest = found.stats.unbind(1)
     logs = log_q.detach()
     of_tokens = times(logs.exp(), logs, out=torch.empty_like(logs)).sum(1)
     entropy = logs[:, -1].exp() * of_rest - of_tokens

@@ -21,7 +21,9 @@ class Found(NamedTuple):
     """What the operator returns; what is not wanted is empty. Rows that are not read are 0."""
 
     logits: Tensor  # (N, K) of the tokens, of any token for `NO_TOKEN`
-    rest: Tensor  # (N,) logsumexp of all other logits, -inf without any; with ``rest``
+    # (N,) logsumexp of all other logits less the largest of them, which their sum would round;
+    # -inf without any. Its derivative is that of the logsumexp. With ``rest``.
+    rest: Tensor
     stats: Tensor  # (N, 2) the largest of these, and the entropy of their softmax; with ``rest``
     jacobian: Tensor  # (N, H) of the rest, with ``jacobian``; of the first n, if n rows are read
     rows: Tensor  # (N,) int64, which rows these are, if labels are chosen
@@ -50,8 +52,7 @@ def logits_and_rest(*arguments: Any) -> tuple[Tensor, ...]:
     rest, stats = logits.new_empty(len(logits)), logits.new_empty(len(logits), 2)
     for block in softmax_blocks(student, rest.dtype, without=token_ids, damped=wants_jacobian):
         nothing = block.maximum == -torch.inf
-        lse = block.maximum + block.others.log1p()
-        rest[block.rows] = lse.masked_fill(nothing, -torch.inf)
+        rest[block.rows] = block.others.log1p().masked_fill(nothing, -torch.inf)
         entropy = block.entropy.masked_fill(nothing, 0)
         stats[block.rows] = torch.stack((block.maximum, entropy), dim=1)
         if wants_jacobian:

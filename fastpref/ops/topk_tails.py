@@ -50,16 +50,16 @@ def renormalize(log_q: Tensor, log_p: Tensor) -> Tensor:
     return _forward_kl(log_q, log_p)
 
 
-def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (n, K) and logsumexp (n,).
+def normalise(logits: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (n, K) and logsumexp (n,) of logits plus offsets, which a sum would round.
 
     Unlike those of ``log_softmax`` they know what a token that is all but certain leaves of 1.
     """
-    top = logits.detach().argmax(1, keepdim=True)
-    at_top = logits.gather(1, top)
-    above = logits - at_top
+    top = (logits + offsets).detach().argmax(1, keepdim=True)
+    at_top, offset = logits.gather(1, top), offsets.gather(1, top)
+    above = (logits - at_top) + (offsets - offset)
     others = above.exp().scatter(1, top, 0).sum(1, keepdim=True).log1p()
-    return above - others, (at_top + others).squeeze(1)
+    return above - others, (at_top + (offset + others)).squeeze(1)
 
 
 def joined(one: Tensor, other: Tensor) -> Tensor:

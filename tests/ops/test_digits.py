@@ -168,3 +168,19 @@ def test_log_probabilities_are_as_exact_as_log_softmax(offset, scale):
     rough, right = reference_logps(plain), reference_logps(exact)
     assert (found.double() - right).norm() <= 1.2 * (rough.double() - right).norm()
     assert_no_worse(found, rough, right, torch.float32)
+
+
+@pytest.mark.parametrize("scratch_bytes", SCRATCH)
+def test_a_small_sum_is_not_rounded_with_its_label(scratch_bytes):
+    """The label's row of the head is most of a flat distribution's gradient."""
+    hidden, weight = 0.01 * torch.randn(ROWS, WIDTH), torch.randn(20 * VOCAB, WIDTH)
+    labels = torch.randint(0, len(weight), (ROWS,))
+    gradients = []
+    for dtype, trained in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+        one = Case(hidden, Head(weight), labels).to(dtype, trained=trained)
+        linear_logps(
+            one.hidden, one.head, labels, scratch_bytes=scratch_bytes if trained else None
+        ).sum().backward()
+        gradients.append(one.hidden.grad.double())
+    error, of_frozen = ((one - gradients[-1]).norm() for one in gradients[:2])
+    assert error <= 1.5 * of_frozen

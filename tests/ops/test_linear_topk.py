@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import formulas
+import logit_formulas
 import pytest
 import torch
 from cases import DTYPES, Case, cases, reference_logps, reference_logsumexp
@@ -56,24 +57,8 @@ class TopK(NamedTuple):
         """From all logits."""
         hidden, head, labels, options = self.student
         log_q = formulas.logits(hidden, head, temperature=options["temperature"]).log_softmax(-1)
-        known = self.logps > -torch.inf
-        ids = self.ids.masked_fill(~known, 0)
-        log_p = self.logps.to(log_q.dtype)
-        at_tokens = log_q.gather(-1, ids)
-        if tail == "renormalize":
-            log_p, at_tokens = (
-                one - one.masked_fill(~known, -torch.inf).logsumexp(-1, keepdim=True)
-                for one in (log_p, at_tokens)
-            )
-        terms = torch.where(known, log_p.exp() * (log_p - at_tokens), 0)
-        if tail == "bucket":
-            named = torch.zeros_like(log_q).scatter_add(-1, ids, known.to(log_q.dtype))
-            some = (named == 0).any(-1)  # tokens are left
-            of_q = log_q.masked_fill((named > 0) & some.unsqueeze(-1), -torch.inf).logsumexp(-1)
-            of_p = (1 - log_p.exp().sum(-1)).clamp_min(1e-30).log()
-            terms[..., 0] += torch.where(some, of_p.exp() * (of_p - of_q), 0)
-        none = (labels == options["ignore_index"]) | ~known.any(-1)
-        return torch.where(none, 0, terms.nan_to_num(0).sum(-1))
+        found = logit_formulas.topk_divergence(log_q, self.ids, self.logps, tail=tail)
+        return torch.where(labels == options["ignore_index"], 0, found)
 
 
 @st.composite

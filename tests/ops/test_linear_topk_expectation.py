@@ -74,3 +74,11 @@ def test_two_products():
     labelled, run = int((LABELS != -100).sum()), linear_topk_expectation
     found = flops_of(lambda: run(hidden, weight, ids, values, LABELS).sum().backward())
     assert found == 2 * (2 * labelled * WIDTH * VOCAB)
+
+
+def test_an_offset_of_all_logits_costs_nothing():
+    """What is left of the vocabulary is no sum of a large logit and a small logarithm."""
+    weight = torch.full((VOCAB, 1), 300.0)  # every token has 1/30
+    given = torch.ones(1, 1), weight, torch.tensor([[4, 1]]), torch.ones(1, 2), torch.tensor([0])
+    found = linear_topk_expectation(*given)
+    torch.testing.assert_close(found, torch.tensor([2 / VOCAB]), rtol=1e-6, atol=0)
