@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -20,6 +21,25 @@ settings.load_profile("fastpref")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, and what they start
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+CASES = 6  # of a test, in the interpreter; all of them run with PyTorch's code, and on a GPU
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not INTERPRETED:
+        return
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    # Drawn by the test's name: every worker has to draw the same.
+    kept = {
+        case
+        for name, cases in tests.items()
+        for case in random.Random(name).sample(cases, min(len(cases), CASES))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)

@@ -74,18 +74,18 @@ def outside(prepare, data, *, mesh=None):
     return mean_over_processes(loss), gradients(model)
 
 
-with processes() as (rank, world):
-    data = batch().part(rank, world)
-    hybrid = [
-        init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp"))
-        for shape in ((1, world), (world, 1))
-    ]
-    for prepare in (plain, with_lora):
-        one = OneProcess(prepare(tiny_model()), batch())
-        one.check(*through_head(prepare, data))
-        one.check(*through_head(prepare, data, shard_head=True))
-        one.check(*outside(prepare, data))
-    one = OneProcess(tiny_model(), batch())
-    one.check(*accumulated(rank, world))
-    for mesh in hybrid:
-        one.check(*outside(plain, data, mesh=mesh))
+rank, world = processes()
+data = batch().part(rank, world)
+hybrid = [
+    init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp"))
+    for shape in ((1, world), (world, 1))
+]
+for prepare in (plain, with_lora):
+    one = OneProcess(prepare(tiny_model()), batch())
+    one.check(*through_head(prepare, data))
+    one.check(*through_head(prepare, data, shard_head=True))
+    one.check(*outside(prepare, data))
+one = OneProcess(tiny_model(), batch())
+one.check(*accumulated(rank, world))
+for mesh in hybrid:
+    one.check(*outside(plain, data, mesh=mesh))

@@ -13,11 +13,12 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def run_on_two(script, *arguments):
+def run_on_two(folder, *scripts):
+    """One script after another, in the same two processes: most of the time is their imports."""
     run = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--standalone", HERE / script, *arguments),
+            *("--standalone", HERE / "scripts.py", *scripts),
         ],
         capture_output=True,
         text=True,
@@ -27,24 +28,18 @@ def run_on_two(script, *arguments):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2])),
             "DS_ACCELERATOR": "cpu",
+            "TMPDIR": str(folder),  # where both look for what one has written
         },
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    assert [line for line in run.stdout.splitlines() if line in scripts] == list(scripts)
 
 
-def test_ddp():
-    run_on_two("ddp.py")
-
-
-def test_fsdp2():
+def test_ddp_fsdp2_and_tensor_parallel(tmp_path):
     pytest.importorskip("peft")
-    run_on_two("fsdp2.py")
-
-
-def test_tensor_parallel(tmp_path):
-    run_on_two("tensor_parallel.py", tmp_path)
+    run_on_two(tmp_path, "ddp.py", "fsdp2.py", "tensor_parallel.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_zero3():
-    run_on_two("zero3.py")
+def test_zero3(tmp_path):
+    run_on_two(tmp_path, "zero3.py")

@@ -19,27 +19,27 @@ CONFIG = {
     "zero_allow_untested_optimizer": True,
 }
 
-with processes() as (rank, world):
-    one = OneProcess(tiny_model(), batch())
-    model = tiny_model()
-    add_fused_head(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
-    total = torch.zeros(())
-    for step in range(STEPS):
-        data = batch().part(STEPS * rank + step, STEPS * world)
-        assert model.lm_head.weight.numel() == 0, "the head is in memory between the steps"
-        loss = engine(input_ids=data.tokens, at_head=at_head(data))["loss"]
-        engine.backward(loss)
-        total += loss.detach() / STEPS
-        if step < STEPS - 1:
-            engine.step()
-    found = {name: safe_get_full_grad(parameter) for name, parameter in model.named_parameters()}
-    one.check(mean_over_processes(total), found)
-    try:
-        tvkd(torch.randn(2, 7, 16), model.lm_head.weight, data)
-    except ValueError as error:
-        assert "weight: expected" in str(error), error
-    else:
-        raise AssertionError("a head that is not in memory is not refused")
+rank, world = processes()
+one = OneProcess(tiny_model(), batch())
+model = tiny_model()
+add_fused_head(model)
+model.gradient_checkpointing_enable({"use_reentrant": False})
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
+total = torch.zeros(())
+for step in range(STEPS):
+    data = batch().part(STEPS * rank + step, STEPS * world)
+    assert model.lm_head.weight.numel() == 0, "the head is in memory between the steps"
+    loss = engine(input_ids=data.tokens, at_head=at_head(data))["loss"]
+    engine.backward(loss)
+    total += loss.detach() / STEPS
+    if step < STEPS - 1:
+        engine.step()
+found = {name: safe_get_full_grad(parameter) for name, parameter in model.named_parameters()}
+one.check(mean_over_processes(total), found)
+try:
+    tvkd(torch.randn(2, 7, 16), model.lm_head.weight, data)
+except ValueError as error:
+    assert "weight: expected" in str(error), error
+else:
+    raise AssertionError("a head that is not in memory is not refused")

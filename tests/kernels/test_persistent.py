@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @given(
     n=st.integers(1, 140),
     hidden_size=st.sampled_from([8, 32, 104]),
-    vocab_size=st.sampled_from([1, 5, 64, 300, 700]),
+    vocab_size=st.sampled_from([1, 5, 64, 300]),
     dtype=st.sampled_from(FLOATS),
     offset=st.none() | offsets,
     has_labels=st.booleans(),

@@ -144,12 +144,12 @@ def test_masked_vocabulary(kept: slice, splits: int) -> None:
     check(hidden, weight, bias, labels, None, splits=splits)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("splits", [1, 16])
 def test_equal_logits_and_logits_far_apart(splits: int) -> None:
     """Ties within a tile and between tiles and splits; a top that leaves others 1e-17."""
     hidden, weight = torch.ones(1, 1, device=DEVICE), torch.zeros(300, 1, device=DEVICE)
     labels = torch.tensor([299], device=DEVICE)
-    for value in (0.0, 1.0, 20.0, 40.0):
+    for value in (0.0, 1.0, 40.0):
         for columns in ([299], [3, 5], [3, 299], [3, 5, 70, 299]):
             weight.zero_()[columns] = value
             check(hidden, weight, None, labels, None, splits=splits)
