@@ -49,21 +49,21 @@ faults: .venv/.installed
 gpu-check: .venv/.installed
 	$(BIN)/python tests/reliability/gpu/gpu_check.py $(CHECKS)
 
-# Random steps: memory, digits, bits and compilations stay as they are. docs/reliability.md
+# Random steps: memory, digits, bits and compilations stay as they are: docs/reliability.md.
 STEPS := 20000
 SEED := 0
 load: export PYTHONPATH := tests:tests/reliability/composition
 load: .venv/.installed
 	$(BIN)/python tests/reliability/load/load.py --steps $(STEPS) --seed $(SEED)
 
-# Other libraries' own tests, with fastpref in the place of what they test: docs/reliability.md. A
+# Other libraries' own tests, with fastpref in the place of what they test: docs/peer_tests.md. A
 # checkout that is not given is skipped; SELECT as pytest's -k ("not 8-128": no large sizes of Liger's).
 peer-tests: export PYTHONPATH := benchmarks
 peer-tests: .venv/.installed
 	$(BIN)/python tests/reliability/peers/peer_tests.py --trl "$(TRL)" --liger "$(LIGER)" \
 		--cce "$(CCE)" --select "$(SELECT)" --output benchmarks/results/peer-tests.json
 
-# Rounding errors of every function, beside its peers: docs/reliability.md.
+# Rounding errors of every function, beside its peers: docs/rounding_errors.md.
 errors: export PYTHONPATH := tests
 errors: .venv/.installed
 	$(BIN)/python benchmarks/errors.py
