@@ -85,8 +85,9 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 refuse("split", f"one of {', '.join(saved)}", repr(split))
-            return saved[split]  # type: ignore[no-any-return]  # untyped
-        _check_no_split(split, "a saved dataset of one split")
+            saved = saved[split]
+        else:
+            _check_no_split(split, "a saved dataset of one split")
         return saved  # type: ignore[no-any-return]  # untyped
     return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]  # untyped
 
