@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +17,8 @@ from fastpref.inspection import Inspection, inspect_teacher, inspect_values, wri
 from fastpref.inspection.inspecting import check_inspection
 from fastpref.inspection.page import check_page
 from fastpref.inspection.verdicts import kind_of, shortly
-from fastpref.teacher import add_kd_cache, add_shaping, load_teacher
+from fastpref.models import load_reward_head
+from fastpref.teacher import add_kd_cache, add_rewards, add_shaping, load_teacher
 from fastpref.teacher.kd_cache import check_kd_options
 from fastpref.teacher.model import Dtype, load_model, load_student, load_tokenizer, this_process
 from fastpref.teacher.precompute import check_run
@@ -24,7 +28,7 @@ from fastpref.teacher.shaping_columns import (
     check_other_model,
     check_shaping_options,
 )
-from fastpref.teacher.store import read_settings
+from fastpref.teacher.store import FinishedBatches, read_settings
 
 try:
     require_extra("teacher", "the command", "accelerate", "datasets", "transformers", "typer")
@@ -39,11 +43,11 @@ Pairs = Annotated[
     str,
     typer.Option(
         help="Preference pairs (chosen and rejected, with or without prompt; text or chat "
-        "messages): a .jsonl or .parquet file, a saved dataset, or a name on the Hub."
+        "messages): a .jsonl, .csv or .parquet file, a saved dataset, or a name on the Hub."
     ),
 ]
 Output = Annotated[Path, typer.Option(help="The .parquet file to write.")]
-Split = Annotated[str, typer.Option(help="Which split of the dataset.")]
+Split = Annotated[str, typer.Option(help="Which split of a saved dataset, or of one on the Hub.")]
 BatchSize = Annotated[int, typer.Option(help="Pairs per batch.")]
 SkipBadRows = Annotated[
     bool,
@@ -130,25 +134,66 @@ def values(
     check_run(output, max_length, batch_size)
     check_shaping_options(options)
     check_other_model(options, teacher, reference)
-    _be_quiet()
     rows = read_rows(dataset, split)
     loading: Any = {"dtype": dtype, "device_map": device_map}
-    model, tokenizer = load_teacher(teacher, **loading)
-    other, theirs = load_model("reference", reference, **loading) if reference else (None, None)
-    found = add_shaping(
-        rows,
-        model,
-        tokenizer,
-        output,
-        **options._asdict(),
-        reference=other,
-        reference_tokenizer=theirs,
-        per_token=per_token,
-        max_length=max_length,
-        batch_size=batch_size,
-        skip_bad_rows=skip_bad_rows,
-    )
-    _report(output, len(found), "chosen_shaping and rejected_shaping")
+    with _precomputing(output) as report:
+        model, tokenizer = load_teacher(teacher, **loading)
+        other, theirs = load_model("reference", reference, **loading) if reference else (None, None)
+        report(
+            add_shaping(
+                rows,
+                model,
+                tokenizer,
+                output,
+                **options._asdict(),
+                reference=other,
+                reference_tokenizer=theirs,
+                per_token=per_token,
+                max_length=max_length,
+                batch_size=batch_size,
+                skip_bad_rows=skip_bad_rows,
+            )
+        )
+
+
+@app.command()
+def rewards(
+    oracle: Annotated[str, typer.Option(help="A folder that OracleTrainer or DRDOTrainer saved.")],
+    dataset: Pairs,
+    output: Output,
+    split: Split = "train",
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut sequences after so many of the oracle's tokens.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    skip_bad_rows: SkipBadRows = False,
+    dtype: TeachersDtype = "auto",
+    device_map: DeviceMap = None,
+) -> None:
+    """Add an oracle's rewards to a preference dataset, ready for DRDO.
+
+    Writes the dataset with two columns more, chosen_reward and rejected_reward: one number per
+    response, made with the oracle's own tokenizer and chat template, whatever the student's are.
+
+    Stopped at any moment and started again with the same arguments, it goes on where it was. On
+    several GPUs: torchrun --nproc-per-node 4 -m fastpref rewards ...
+    """
+    check_run(output, max_length, batch_size)
+    rows = read_rows(dataset, split)
+    with _precomputing(output) as report:
+        model, tokenizer = load_model("oracle", oracle, dtype=dtype, device_map=device_map)
+        load_reward_head(model, oracle)
+        report(
+            add_rewards(
+                rows,
+                model,
+                tokenizer,
+                output,
+                max_length=max_length,
+                batch_size=batch_size,
+                skip_bad_rows=skip_bad_rows,
+            )
+        )
 
 
 @app.command()
@@ -191,26 +236,26 @@ def kd_cache(
     """
     check_run(output, max_length, batch_size)
     check_kd_options(top_k, temperature)
-    _be_quiet()
     rows = read_rows(dataset, split)
-    tokenizer = load_tokenizer("student", student)
-    model, teacher_tokenizer = load_teacher(teacher, dtype=dtype, device_map=device_map)
-    found = add_kd_cache(
-        rows,
-        model,
-        tokenizer,
-        output,
-        student=load_student(student) if top_k is None else None,
-        top_k=top_k,
-        teacher_tokenizer=teacher_tokenizer,
-        chosen_only=chosen_only,
-        temperature=temperature,
-        max_length=max_length,
-        batch_size=batch_size,
-        skip_bad_rows=skip_bad_rows,
-    )
-    columns = [one for one in found.column_names if "_teacher_" in one]
-    _report(output, len(found), ", ".join(columns))
+    with _precomputing(output) as report:
+        tokenizer = load_tokenizer("student", student)
+        model, teacher_tokenizer = load_teacher(teacher, dtype=dtype, device_map=device_map)
+        report(
+            add_kd_cache(
+                rows,
+                model,
+                tokenizer,
+                output,
+                student=load_student(student) if top_k is None else None,
+                top_k=top_k,
+                teacher_tokenizer=teacher_tokenizer,
+                chosen_only=chosen_only,
+                temperature=temperature,
+                max_length=max_length,
+                batch_size=batch_size,
+                skip_bad_rows=skip_bad_rows,
+            )
+        )
 
 
 @app.command()
@@ -338,13 +383,42 @@ def _be_quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def _report(output: Path, pairs: int, columns: str) -> None:
-    """Say what was written, and which rows were left out."""
-    if this_process().is_main_process:
-        skipped = read_settings(output)["skipped_rows"]
-        typer.echo(f"{output}: {pairs} pairs with {columns}")
-        if skipped:
+@contextmanager
+def _precomputing(output: Path) -> Iterator[Callable[[Any], None]]:
+    """Say what was written, that nothing was left to do, or how to go on after Ctrl-C."""
+    _be_quiet()
+    finished = output.exists()
+
+    def report(dataset: Any) -> None:
+        if not this_process().is_main_process:
+            return
+        settings = read_settings(output)
+        was = "was finished already, nothing was left to do: " if finished else ""
+        columns = ", ".join(settings["columns"])
+        typer.echo(f"{output}: {was}{len(dataset)} pairs with {columns}")
+        if skipped := settings["skipped_rows"]:
             typer.echo(f"left out {len(skipped)} rows: {', '.join(map(str, skipped))}", err=True)
+
+    try:
+        yield report
+    except KeyboardInterrupt:
+        if this_process().is_main_process:
+            done = len(FinishedBatches(output).places())
+            typer.echo(f"stopped with {done} pairs done: the same command goes on", err=True)
+        raise typer.Exit(130) from None  # as shells count Ctrl-C
+
+
+def _option(name: re.Match[str]) -> str:
+    return "--" + name[1].replace("_", "-")
+
+
+def _as_typed(message: str) -> str:
+    """A message with the names of arguments as the commands have them, ``--batch-size``."""
+    group: Any = typer.main.get_command(app)
+    names = {one.name for command in group.commands.values() for one in command.params}
+    longer = "|".join(name for name in names if "_" in name)
+    message = re.sub(rf"\b({longer})\b", _option, message)
+    return re.sub(rf"^({'|'.join(names)}):", lambda found: f"{_option(found)}:", message)
 
 
 def main() -> None:
@@ -352,4 +426,4 @@ def main() -> None:
     try:
         app()
     except (ImportError, ValueError, OSError, NotImplementedError) as error:
-        sys.exit(f"fastpref: {' '.join(str(error).split())}")
+        sys.exit(f"fastpref: {_as_typed(' '.join(str(error).split()))}")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -51,18 +51,25 @@ def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save(whole, metadata={SHA256: _digest_of(whole)})
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; refused is one that is damaged."""
+@contextmanager
+def opened_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file of which parts can be read; refused is one that has no such parts."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
-            expected = (opened.metadata() or {}).get(SHA256)
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            yield opened
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file}: expected a safetensors file, got a damaged one ({error})") from (
             error
         )
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; refused is one that is damaged."""
+    with opened_tensors(file) as opened:
+        expected = (opened.metadata() or {}).get(SHA256)
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     if expected is not None and _digest_of(tensors) != expected:
         raise ValueError(f"{file}: expected the numbers that were written, got others: damaged")
     return tensors

@@ -117,7 +117,7 @@ MAY_IMPORT = {
         *("ops", "responses", "sequences", "teacher"),
     ),
     "inspection": ("checks", "data", "extras", "models", "ops", "sequences", "teacher"),
-    "cli": ("__version__", "checks", "data", "extras", "inspection", "teacher"),
+    "cli": ("__version__", "checks", "data", "extras", "inspection", "models", "teacher"),
     "__main__": ("cli",),
     "__init__": (
         *("data", "linear_losses", "losses", "ops"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import datasets
 
 RESPONSES = ("chosen", "rejected")
+READ = ("prompt", *RESPONSES, "tools", "chat_template_kwargs")  # of a row, to make its tokens
 SHOWN = 10
+SKIP = " (skip_bad_rows leaves them out)"
 
 
 class BadRow(NamedTuple):
@@ -29,9 +32,9 @@ class BadRow(NamedTuple):
 class BadRowsError(ValueError):
     """Rows that cannot be used; all of them are in ``rows``."""
 
-    def __init__(self, rows: list[BadRow]) -> None:
+    def __init__(self, rows: list[BadRow], argument: str = "dataset", advice: str = SKIP) -> None:
         self.rows = rows
-        super().__init__(f"dataset: {describe(rows)} (skip_bad_rows leaves them out)")
+        super().__init__(f"{argument}: {describe(rows)}{advice}")
 
 
 def describe(rows: list[BadRow]) -> str:
@@ -42,21 +45,21 @@ def describe(rows: list[BadRow]) -> str:
 
 
 def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
-    """Rows of a JSON-lines or Parquet file, of a saved dataset, or of one on the Hub.
+    """Rows of a JSON-lines, CSV or Parquet file, of a saved dataset, or of one on the Hub.
 
     JSON lines are read row by row, so that a row of another type spoils itself only.
 
     Args:
-        source: A ``.jsonl``, ``.json`` or ``.parquet`` file, a folder that ``save_to_disk`` wrote,
-            or a name on the Hub.
-        split: Of a saved dataset with several, or of one on the Hub.
+        source: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder that
+            ``save_to_disk`` wrote, or a name on the Hub.
+        split: Of a saved dataset with several, or of one on the Hub. A file has none.
 
     Returns:
-        The rows: a list for JSON lines, a ``datasets.Dataset`` otherwise.
+        The rows: a list for JSON lines and CSV, a ``datasets.Dataset`` otherwise.
 
     Raises:
-        ValueError: No such file or split, or a line that is not JSON.
-        ImportError: Without the extra "teacher"; JSON lines need no extra.
+        ValueError: No such file or split, a file of another kind, or a line that is not JSON.
+        ImportError: Without the extra "teacher"; JSON lines and CSV need no extra.
 
     Example:
         >>> import pathlib, tempfile
@@ -66,13 +69,14 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         [{'prompt': '2 + 2 =', 'chosen': ' 4', 'rejected': ' 5'}]
     """
     path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
-        refuse("dataset", "a file that exists, a saved dataset or a name on the Hub", source)
-    if path.suffix in (".jsonl", ".json"):
-        return _read_json_lines(path)
+    if _is_file(path, source):
+        if not path.is_file():
+            refuse("dataset", "a file that exists, a saved dataset or a name on the Hub", source)
+        if path.suffix not in _READERS:
+            refuse("dataset", f"a file that ends in {', '.join(_READERS)}", source)
+        _check_no_split(split, "a file")
+        return _READERS[path.suffix](path)
     require_extra("teacher", "fastpref.data.read_rows", "datasets")
-    if path.suffix == ".parquet":
-        return read_parquet(path)  # type: ignore[no-any-return]  # untyped
     import datasets
 
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -82,8 +86,24 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
             if split not in saved:
                 refuse("split", f"one of {', '.join(saved)}", repr(split))
             saved = saved[split]
+        else:
+            _check_no_split(split, "a saved dataset of one split")
         return saved  # type: ignore[no-any-return]  # untyped
     return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]  # untyped
+
+
+def _is_file(path: Path, source: str) -> bool:
+    """Whether a source is a file here, or can be nothing else: no name on the Hub looks like it."""
+    if path.is_dir():
+        return False
+    elsewhere = path.is_absolute() or source.startswith((".", "~")) or len(path.parts) > 2
+    return path.exists() or elsewhere or path.suffix in _READERS
+
+
+def _check_no_split(split: str, what: str) -> None:
+    """Refuse a split of something that has only one."""
+    if split != "train":
+        refuse("split", f'none, or "train", of {what}', repr(split))
 
 
 def read_parquet(file: Path) -> datasets.Dataset:
@@ -92,6 +112,7 @@ def read_parquet(file: Path) -> datasets.Dataset:
     ``Dataset.from_parquet`` alone takes a name such as ``pairs[1].parquet`` for a pattern, and a
     file for another that had its name and its time of change, of which it keeps a copy.
     """
+    require_extra("teacher", "fastpref.data.read_rows", "datasets")
     import datasets
 
     found = file.stat()
@@ -171,3 +192,22 @@ def _read_json_lines(path: Path) -> list[Any]:
     # As in a table: what one row has and another lacks is None there.
     columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
     return [{**columns, **row} if isinstance(row, dict) else row for row in rows]
+
+
+def _read_csv(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file, _reading(path, "a CSV file"):
+        reader = csv.DictReader(file, strict=True)
+        rows = list(reader)
+        for number, row in enumerate(rows, start=1):
+            if None in row or None in row.values():
+                width = len(reader.fieldnames or ())
+                raise ValueError(f"row {number} has not {width} fields, as the first line has")
+    return rows
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": read_parquet,
+}

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fastpref.checks import refuse
 from fastpref.extras import require_extra
-from fastpref.files import load_tensors, tensors_as_bytes, written
+from fastpref.files import load_tensors, opened_tensors, tensors_as_bytes, written
 from fastpref.models.fused_head import call_as
 from fastpref.models.lm_head import head_module
 from fastpref.rewards import sequence_rewards
 
 NAME = "reward_head"
 FILE = f"{NAME}.safetensors"
+PARAMETER = f"{NAME}.weight"  # of the model, where that was saved whole
 UNFINISHED = f"{NAME}.unfinished"  # while the model beside it may be older, or in pieces
 
 
@@ -66,11 +67,14 @@ def add_reward_head(model: Any) -> None:
 
 
 def load_reward_head(model: Any, folder: str | Path) -> None:
-    """Give a model the reward head that was saved beside it.
+    """Give a model the reward head that was saved with it.
+
+    It is in a file of its own where a trainer saved the model, and among the model's weights where
+    ``model.save_pretrained(folder)`` did, as after ``merge_and_unload()`` of PEFT's adapters.
 
     Args:
         model: As for `add_reward_head`.
-        folder: Where a trainer of `fastpref.integrations.trl` saved its model.
+        folder: Where the model was saved.
 
     Raises:
         ValueError: A folder without a reward head, with one that is damaged or for another hidden
@@ -85,29 +89,43 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
         ...     return model
     """
     require_extra("teacher", "load_reward_head", "safetensors")
-    file = Path(folder) / FILE
-    if not folder_has_reward_head(folder):
+    file = _file_with_head(Path(folder))
+    if file is None:
         refuse(
             "folder",
             f"a folder with {FILE}, as OracleTrainer and DRDOTrainer save it",
             f"{str(folder)!r} without",
         )
+    assert file is not None
+    if file.name == FILE:
+        (weight,) = load_tensors(file).values()
+    else:
+        with opened_tensors(file) as found:
+            weight = found.get_tensor(PARAMETER)
     add_reward_head(model)
     head = reward_head_of(model)
-    (weight,) = load_tensors(file).values()
     if weight.shape != head.weight.shape:
         refuse(str(file), f"shape {tuple(head.weight.shape)}", tuple(weight.shape))
     with torch.no_grad():
         head.weight.copy_(weight)
 
 
+def _file_with_head(folder: Path) -> Path | None:
+    """Which file of a folder has the reward head."""
+    files = sorted(folder.glob("model*.safetensors"))
+    for file in files:  # before a file of its own, which may be left of an older model
+        with opened_tensors(file) as found:
+            if PARAMETER in found.keys():
+                return file
+    if (folder / UNFINISHED).exists():
+        expected = f"a folder that was saved to the end (save again, or delete {UNFINISHED})"
+        refuse("folder", expected, folder / UNFINISHED)
+    return folder / FILE if (folder / FILE).is_file() else None
+
+
 def folder_has_reward_head(folder: str | Path) -> bool:
     """Whether there is a reward head; refused are folders that may have that of another model."""
-    unfinished = Path(folder) / UNFINISHED
-    if unfinished.exists():
-        expected = f"a folder that was saved to the end (save again, or delete {unfinished.name})"
-        refuse("folder", expected, unfinished)
-    return (Path(folder) / FILE).is_file()
+    return _file_with_head(Path(folder)) is not None
 
 
 @contextmanager
@@ -128,9 +146,9 @@ def saved_beside(head: dict[str, Tensor], folder: str | Path) -> Iterator[None]:
 
 def take_reward_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the reward head from a model's parameters, which are of a class that has none."""
-    names = [name for name in state_dict if f".{name}".endswith(f".{NAME}.weight")]
+    names = [name for name in state_dict if f".{name}".endswith(f".{PARAMETER}")]
     if len(names) != 1:
-        refuse("model", f"one parameter {NAME}.weight", names)
+        refuse("model", f"one parameter {PARAMETER}", names)
     return {"weight": state_dict.pop(names[0])}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,8 +71,13 @@ def precompute(
     models = [one for one in (model, job.reference) if one is not None]
     heads = [lm_head_of(one.eval()) for one in models]
     rows = rows_of(dataset)
+    state = this_process()
+    digest = hashlib.sha256()  # also of columns that nothing here reads: they are written, too
     pairs, bad = tokenize_rows(
-        rows, tokenizer, max_length=max_length, context_length=context_length(models)
+        _digested(_shown(rows, state), digest),
+        tokenizer,
+        max_length=max_length,
+        context_length=context_length(models),
     )
     if bad and not skip_bad_rows:
         raise BadRowsError(bad)
@@ -82,39 +88,59 @@ def precompute(
         **tokenizer_settings(tokenizer),
         **job.settings,
         "max_length": max_length,
-        "batch_size": batch_size,
         "rows_digest": _digest(pairs),
         "skipped_rows": [index for index, _ in bad],
     }
-    state = this_process()
+    columns = [f"{side}_{ending}" for side in job.sides for ending in job.features]
+    written = {**settings, "columns": columns, "columns_digest": digest.hexdigest()[:16]}
     if output.exists():
-        found = load(output, settings)
+        found = load(output, written)
         FinishedBatches.discard(output)
         return found
+    finished = FinishedBatches(output)
     with only_writer(output) if state.is_main_process else nullcontext():
         with state.main_process_first():
-            finished = FinishedBatches(output, settings)
+            finished.start(settings)
         if not output.exists():  # else another run has just finished it
-            batches = plan(pairs, batch_size)
-            _compute(job, models, heads, batches, finished, state)
+            _compute(job, models, heads, pairs, batch_size, finished, state)
             state.wait_for_everyone()
             if state.is_main_process:
-                finished.check(len(batches))
-                _write(job, rows, batches, finished, output, settings)
+                finished.check()
+                _write(job, rows, finished, output, written)
         state.wait_for_everyone()
-    return load(output, settings)
+    return load(output, written)
+
+
+def _shown(rows: Any, state: Any) -> Iterator[Any]:
+    """Rows, under a bar that counts those that have been read."""
+    from tqdm import tqdm
+
+    yield from tqdm(rows, desc="tokens", unit="row", disable=not state.is_main_process)
+
+
+def _digested(rows: Iterable[Any], digest: Any) -> Iterator[Any]:
+    """Rows, each of which a digest has been updated with; of what is no text or number the type."""
+    for row in rows:
+        digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
+        yield row
 
 
 def _compute(
     job: Job,
     models: list[Any],
     heads: list[Head],
-    batches: list[list[TokenizedPair]],
+    pairs: list[TokenizedPair],
+    batch_size: int,
     finished: FinishedBatches,
     state: Any,
 ) -> None:
-    """Compute and keep this process's batches."""
-    for number, batch in _with_progress(job.name, batches, finished, state):
+    """Compute and keep this process's batches of the rows that are not done yet."""
+    done = finished.places()
+    first = max(finished.numbers(), default=-1) + 1
+    state.wait_for_everyone()  # else one may save a batch before another has looked
+    batches = plan([pair for pair in pairs if pair.row not in done], batch_size)
+    for number in _with_progress(job.name, batches, len(done), state):
+        batch = batches[number]
         options: Any = {"check": number < state.num_processes, "sides": len(job.sides)}
         read = [read_states(*one, batch, **options) for one in zip(models, heads, strict=True)]
         states, labels = read[0]
@@ -123,7 +149,8 @@ def _compute(
             given += [read[1][0].to(states.device), head_on(heads[1], states.device)]
         results = job.of_batch(*given)
         check_finite(results[job.finite], results.get(COUNTS), batch)
-        finished.save(number, {name: stored(values) for name, values in results.items()})
+        rows = [pair.row for pair in batch]
+        finished.save(first + number, rows, {name: stored(one) for name, one in results.items()})
 
 
 def load(file: Path, expected: Mapping[str, Any]) -> datasets.Dataset:
@@ -139,9 +166,14 @@ def check_run(output: Path, max_length: int | None, batch_size: int) -> None:
     folder = next(one for one in output.absolute().parents if one.exists())
     if not output.exists() and not os.access(folder, os.W_OK | os.X_OK):
         refuse("output", "a file in a folder that can be written to", repr(str(output)))
-    if batch_size < 1:
-        refuse("batch_size", "a number of pairs, at least 1", repr(batch_size))
+    check_batch_size(batch_size)
     check_max_length(max_length)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse batches of nothing."""
+    if batch_size < 1:
+        refuse("batch_size", "a number of rows, at least 1", repr(batch_size))
 
 
 def context_length(models: list[Any]) -> int | None:
@@ -206,42 +238,24 @@ def rows_of(dataset: Any) -> Any:
 
 
 def _with_progress(
-    name: str, batches: list[list[TokenizedPair]], finished: FinishedBatches, state: Any
-) -> Iterator[tuple[int, list[TokenizedPair]]]:
-    """This process's batches that are not done yet, under a bar that counts pairs."""
+    name: str, batches: list[list[TokenizedPair]], done: int, state: Any
+) -> Iterator[int]:
+    """The numbers of this process's batches, under a bar that counts all pairs."""
     from tqdm import tqdm
 
-    mine = range(state.process_index, len(batches), state.num_processes)
-    done = sum(len(batches[number]) for number in mine if finished.has(number))
-    bar = tqdm(
-        total=sum(len(batches[number]) for number in mine),
-        initial=done,
-        desc=name,
-        unit="pair",
-        disable=not state.is_main_process,
-    )
-    with bar:
-        for number in mine:
-            if not finished.has(number):
-                yield number, batches[number]
-                bar.update(len(batches[number]))
-
-
-class _Place(NamedTuple):
-    """Where the results of a row are."""
-
-    batch: int
-    position: int  # of its chosen response
-    pairs: int  # in the batch: so much further on is its rejected response
+    total = done + sum(map(len, batches))
+    main = state.is_main_process
+    with tqdm(total=total, initial=done, desc=name, unit="pair", disable=not main) as bar:
+        for step in range(0, len(batches), state.num_processes):
+            number = step + state.process_index
+            if number < len(batches):
+                yield number
+            # The others' batches are of like lengths, and about as far.
+            bar.update(sum(map(len, batches[step : step + state.num_processes])))
 
 
 def _write(
-    job: Job,
-    rows: Any,
-    batches: list[list[TokenizedPair]],
-    finished: FinishedBatches,
-    output: Path,
-    settings: dict[str, Any],
+    job: Job, rows: Any, finished: FinishedBatches, output: Path, settings: dict[str, Any]
 ) -> None:
     """Write the rows of all batches in their first order, with the columns that were computed.
 
@@ -249,11 +263,7 @@ def _write(
     """
     import datasets
 
-    places = {
-        pair.row: _Place(number, position, len(batch))
-        for number, batch in enumerate(batches)
-        for position, pair in enumerate(batch)
-    }
+    places = finished.places()
     kept = sorted(places)
     dataset = (
         rows.select(kept)
@@ -274,9 +284,7 @@ def _write(
                         found.setdefault(f"{name}_{ending}", []).append(value)
         return found
 
-    with finished.open(0) as longest:
-        size = sum(longest.get_tensor(name).nbytes for name in longest.keys())
-    step = BYTES_AT_ONCE * len(batches[0]) // max(size, 1)
+    step = BYTES_AT_ONCE // finished.bytes_per_pair()
     features = {f"{name}_{ending}": job.features[ending] for name in job.sides
                 for ending in job.features}  # fmt: skip
     write_dataset(

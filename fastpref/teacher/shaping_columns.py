@@ -152,8 +152,7 @@ def load_shaping(file: str | Path, **expected: Any) -> datasets.Dataset:
         file: The Parquet file.
         **expected: Settings that it must have been made with: ``model``, ``tokenizer``,
             ``chat_template``, ``dtype``, ``potential``, ``temperature``, ``gamma``, ``terminal``,
-            ``form``, ``reference_model``, ``beta``, ``max_length``, ``batch_size`` and the others
-            in the file.
+            ``form``, ``reference_model``, ``beta``, ``max_length`` and the others in the file.
 
     Returns:
         The dataset; see `add_shaping`.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fastpref.files import (
     UNSEALED,
     check_seal,
     load_tensors,
+    opened_tensors,
     seal,
     tensors_as_bytes,
     written,
@@ -32,17 +33,29 @@ if TYPE_CHECKING:
     import datasets
 
 METADATA = b"fastpref"
+ROWS = "rows"  # of the dataset, in a batch: beside its results
 # Goes wherever a dataset goes, as a note on a column.
 NOTE = "made by fastpref with "
 Settings = Mapping[str, Any]
 Columns = Callable[[range], dict[str, list[Tensor]]]  # of some rows: a tensor per row
 
 
+class Place(NamedTuple):
+    """Where the results of a row are."""
+
+    batch: int
+    position: int  # of its chosen response
+    pairs: int  # in the batch: so much further on is its rejected response
+
+
 class FinishedBatches:
     """The folder of batches that are done, ``<output>.partial``."""
 
-    def __init__(self, output: Path, settings: Settings) -> None:
+    def __init__(self, output: Path) -> None:
         self.folder = _folder_of(output)
+
+    def start(self, settings: Settings) -> None:
+        """Make the folder, or go on with one that was made with the same settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "settings.json"
         if manifest.is_file():
@@ -51,19 +64,31 @@ class FinishedBatches:
             with written(manifest) as temporary:
                 temporary.write_text(json.dumps(settings, indent=1), "utf-8")
 
-    def has(self, number: int) -> bool:
-        """Whether a batch is done."""
-        return self._file(number).is_file()
-
-    def save(self, number: int, results: dict[str, Tensor]) -> None:
-        """Keep the results of a batch."""
+    def save(self, number: int, rows: list[int], results: dict[str, Tensor]) -> None:
+        """Keep the results of a batch of rows."""
+        results = {**results, ROWS: torch.tensor(rows, dtype=torch.int32)}
         with written(self._file(number)) as temporary:
             temporary.write_bytes(tensors_as_bytes(results))
 
-    def check(self, count: int) -> None:
-        """Refuse damaged files among those of so many batches, all of them by name."""
+    def numbers(self) -> list[int]:
+        """Which batches are done; the next may have any greater number."""
+        files = self.folder.glob("batch-*.safetensors")
+        return sorted(int(file.stem.removeprefix("batch-")) for file in files)
+
+    def places(self) -> dict[int, Place]:
+        """The rows that are done, and where."""
+        found = {}
+        for number in self.numbers():
+            with self.open(number) as batch:
+                rows = batch.get_tensor(ROWS).tolist()
+            for position, row in enumerate(rows):
+                found[row] = Place(number, position, len(rows))
+        return found
+
+    def check(self) -> None:
+        """Refuse damaged files, all of them by name."""
         damaged = []
-        for number in range(count):
+        for number in self.numbers():
             try:
                 load_tensors(self._file(number))
             except ValueError as error:
@@ -72,11 +97,17 @@ class FinishedBatches:
             advice = "Delete them and start again: no other batches are computed anew"
             raise ValueError(f"{'; '.join(damaged)}. {advice}")
 
-    def open(self, number: int) -> Any:
+    @contextmanager
+    def open(self, number: int) -> Iterator[Any]:
         """Results of a batch that is done, of which parts can be read."""
-        from safetensors import safe_open
+        with opened_tensors(self._file(number)) as found:
+            yield found
 
-        return safe_open(self._file(number), framework="pt")
+    def bytes_per_pair(self) -> int:
+        """Of the batch that takes most."""
+        pairs = {place.batch: place.pairs for place in self.places().values()}
+        sizes = (self._file(batch).stat().st_size // count for batch, count in pairs.items())
+        return max(sizes)
 
     @classmethod
     def discard(cls, output: Path) -> None:
@@ -112,10 +143,21 @@ def _folder_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+# Of what a digest stands for, its number says nothing to a reader.
+_DIGESTS = {
+    "rows_digest": "other rows, or other tokens of them",
+    "columns_digest": "other columns beside the responses",
+    "model_digest": "another teacher",
+    "reference_model_digest": "another reference",
+    "student_head_digest": "another student's head",
+    "tokenizer_digest": "another tokenizer",
+}
+
+
 def check_settings(where: Path, found: Settings, expected: Settings) -> None:
     """Refuse results that were made with other settings than expected."""
     differences = [
-        f"{name} is {found.get(name)!r}, not {value!r}"
+        _DIGESTS.get(name) or f"{name} is {found.get(name)!r}, not {value!r}"
         for name, value in expected.items()
         if found.get(name) != value
     ]

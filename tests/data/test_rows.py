@@ -113,3 +113,19 @@ def test_tool_calls_are_something_to_say():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
     assert row_defect({**GOOD, "chosen": [call]}) is None
     assert row_defect(Dataset.from_list([GOOD])[0]) is None
+
+
+def test_csv(tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text('\ufeffprompt,chosen,rejected\n"2, and 2?","4\nit is",5\n', "utf-8")
+    assert read_rows(str(file)) == [{"prompt": "2, and 2?", "chosen": "4\nit is", "rejected": "5"}]
+    for wrong in ("a,b\n", "a,b,c,d\n", 'a,b,"c\n'):
+        file.write_text("prompt,chosen,rejected\n" + wrong, "utf-8")
+        with pytest.raises(ValueError, match=r"pairs\.csv: expected a CSV file, cannot read it"):
+            read_rows(str(file))
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "/nowhere/pairs", "./pairs", "a/b/c"])
+def test_a_file_that_is_missing_is_not_looked_for_elsewhere(name):
+    with pytest.raises(ValueError, match="dataset: expected a file that exists"):
+        read_rows(name)

@@ -6,11 +6,16 @@ import json
 import sys
 
 import pytest
+import torch
 from tiny_models import rows, tiny_model, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 import fastpref
-from fastpref import cli
+from fastpref import cli, sequence_rewards
 from fastpref.cli import main
+from fastpref.data import collate_pairs
+from fastpref.models import add_reward_head
+from fastpref.models.reward_head import saved_beside
 from fastpref.teacher import load_shaping
 
 
@@ -38,11 +43,50 @@ KD = ("kd-cache", *VALUES[1:], "--student", "student")
 
 
 def test_it_writes_a_dataset(run, tmp_path):
-    code, out, _ = run(*VALUES, "--gamma", "0.9", "--per-token")
-    assert code == 0
-    assert out == "out.parquet: 7 pairs with chosen_shaping and rejected_shaping\n"
+    columns = "chosen_shaping, chosen_values, rejected_shaping, rejected_values"
+    for was in ("", "was finished already, nothing was left to do: "):
+        code, out, err = run(*VALUES, "--gamma", "0.9", "--per-token")
+        assert code == 0
+        assert out == f"out.parquet: {was}7 pairs with {columns}\n"
+        assert "tokens: 100%" in err and "7/7" in err
     found = load_shaping(tmp_path / "out.parquet", gamma=0.9, per_token=True, model="teacher")
     assert len(found["chosen_values"]) == 7
+
+
+def test_rewards(run, tmp_path, monkeypatch):
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "teacher")
+    add_reward_head(model)
+    head = model.reward_head.weight.detach()
+    with saved_beside({"weight": head}, tmp_path / "teacher"):
+        pass
+    code, out, _ = run("rewards", "--oracle", *VALUES[2:], "--batch-size", "3")
+    assert (code, out) == (0, "out.parquet: 7 pairs with chosen_reward, rejected_reward\n")
+    tokenizer = tiny_tokenizer()
+    batch = collate_pairs(load_shaping(tmp_path / "out.parquet", model="teacher"), tokenizer)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    states = model.model(**inputs).last_hidden_state
+    wanted = sequence_rewards(states, batch["labels"], head)
+    assert len(set(wanted.tolist())) > 7
+    torch.testing.assert_close(batch["oracle_rewards"], wanted.detach())
+    code, _, _ = run("rewards", "--oracle", "student", *VALUES[3:])
+    assert "folder: expected a folder with reward_head.safetensors" in code
+
+
+def test_stopped_it_says_how_to_go_on(run, monkeypatch):
+    forward, calls = LlamaForCausalLM.forward, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", stopping)
+    code, out, err = run(*VALUES, "--batch-size", "3")
+    assert (code, out) == (130, "")
+    assert err.endswith("stopped with 3 pairs done: the same command goes on\n")
+    code, _, err = run(*VALUES, "--batch-size", "1")
+    assert (code, len(calls)) == (0, 2 + 4) and "43%" in err
 
 
 def test_the_implicit_reward(run, tmp_path):
@@ -63,14 +107,20 @@ def test_what_was_left_out_is_said(run, tmp_path):
 
 IMPLICIT = ("--potential", "implicit_reward", "--reference")
 ERRORS = {
-    "no such teacher": (["--teacher", "nowhere/at/all"], "teacher: expected a model folder"),
+    "no such teacher": (["--teacher", "nowhere/at/all"], "--teacher: expected a model folder"),
     "no such dataset": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no such folder": (["--dataset", "/nowhere/pairs"], "--dataset: expected a file that exists"),
+    "unknown kind": (
+        ["--dataset", "pairs.txt"],
+        "a file that ends in .jsonl, .json, .csv, .parquet",
+    ),
+    "a split of a file": (["--split", "test"], "--split: expected none, or "),
     "output of another kind": (["--output", "out.csv"], "output: expected"),
-    "a bad row": (["--max-length", "5"], "7 bad rows: row 0: the prompt alone has"),
-    "gamma": (["--gamma", "-1"], "gamma: expected"),
+    "a bad row": (["--max-length", "5"], "the prompt alone has 8 tokens, --max-length is 5; row 1"),
+    "gamma": (["--gamma", "-1"], "--gamma: expected"),
     "temperature": (["--temperature", "0"], "temperature: expected"),
-    "batch size": (["--batch-size", "0"], "batch_size: expected"),
-    "length": (["--max-length", "1"], "max_length: expected"),
+    "batch size": (["--batch-size", "0"], "--batch-size: expected"),
+    "length": (["--max-length", "1"], "--max-length: expected"),
     "NaN": (["--temperature", "nan"], "temperature: expected a finite number"),
     "no reference": (["--potential", "implicit_reward"], "reference: expected the teacher before"),
     "a reference": (["--reference", "student"], "reference: expected None with potential 'value'"),
@@ -80,9 +130,11 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors_are_one_line(run, name):
+def test_errors_are_one_line(run, tmp_path, name):
     arguments, message = ERRORS[name]
+    (tmp_path / "pairs.txt").touch()
     code, out, _ = run(*VALUES, *arguments)
+    assert not list(tmp_path.glob("out*"))
     assert isinstance(code, str)  # which Python prints, with exit code 1
     assert code.startswith("fastpref: ") and message in code and "\n" not in code
     assert not out
@@ -113,7 +165,7 @@ def test_unknown_choices_are_refused_with_the_choices(run):
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_help_explains(run, arguments):
     _, out, err = run(*arguments)
-    assert "values" in out + err and "kd-cache" in out + err
+    assert all(one in out + err for one in ("values", "rewards", "kd-cache", "inspect"))
 
 
 VALUES_OPTIONS = "teacher dataset output potential gamma reference beta max-length per-token"
@@ -147,7 +199,7 @@ def test_it_writes_distributions(run, tmp_path, arguments, columns):
     ("arguments", "message"),
     [
         (["--student", "nowhere/at/all"], "student: expected a model folder"),
-        (["--top-k", "0"], "top_k: expected a number of tokens"),
+        (["--top-k", "0"], "--top-k: expected a number of tokens"),
         (["--temperature", "0"], "temperature: expected"),
         (["--output", "out.csv"], "output: expected"),
     ],

@@ -313,11 +313,11 @@ def test_another_reference_or_beta_is_refused(models, tmp_path, finished):
     add_shaping(rows(2), teacher, tokenizer, output, reference=reference, **IMPLICIT)
     assert len(load_shaping(output, beta=0.1, reference_dtype="float32")) == 2
     if not finished:
-        FinishedBatches(output, read_settings(output))
+        FinishedBatches(output).start(read_settings(output))
         output.unlink()
     other = tiny_model(tokenizer, seed=2, hidden_size=8)
     for options, name in (
-        ({"reference": other, **IMPLICIT}, "reference_model_digest"),
+        ({"reference": other, **IMPLICIT}, "another reference"),
         ({"reference": reference, "beta": 0.2, **IMPLICIT}, "beta is 0.1, not 0.2"),
         ({}, "potential is 'implicit_reward', not 'value'"),
     ):

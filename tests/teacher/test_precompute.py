@@ -136,12 +136,11 @@ def test_a_file_says_what_it_was_made_with(teacher, tmp_path):
 
 
 OTHERS = {
-    "gamma": lambda model, tokenizer: (rows(), model, tokenizer, {"gamma": 0.5}),
-    "batch_size": lambda model, tokenizer: (rows(), model, tokenizer, {"batch_size": 2}),
-    "max_length": lambda model, tokenizer: (rows(), model, tokenizer, {"max_length": 30}),
-    "model_digest": lambda model, tokenizer: (rows(), tiny_model(tokenizer, seed=1), tokenizer, {}),
-    "rows_digest": lambda model, tokenizer: (rows()[::-1], model, tokenizer, {}),
-    "tokenizer_digest": lambda model, tokenizer: (rows(), model, tiny_tokenizer(20), {}),
+    "gamma is 1.0, not 0.5": lambda model, tokenizer: (rows(), model, tokenizer, {"gamma": 0.5}),
+    "max_length is None": lambda model, tokenizer: (rows(), model, tokenizer, {"max_length": 30}),
+    "another teacher": lambda _, tokenizer: (rows(), tiny_model(tokenizer, seed=1), tokenizer, {}),
+    "other rows": lambda model, tokenizer: (rows()[::-1], model, tokenizer, {}),
+    "another tokenizer": lambda model, tokenizer: (rows(), model, tiny_tokenizer(20), {}),
 }
 
 
@@ -151,31 +150,40 @@ def test_results_of_other_settings_are_refused(teacher, tmp_path, name, finished
     output = tmp_path / "out.parquet"
     add_shaping(rows(), *teacher, output)
     if not finished:
-        FinishedBatches(output, read_settings(output))
+        FinishedBatches(output).start(read_settings(output))
         output.unlink()
     examples, model, tokenizer, options = OTHERS[name](*teacher)
     with pytest.raises(ValueError, match=f"made with other settings: .*{name}"):
         add_shaping(examples, model, tokenizer, output, **options)
 
 
+def test_a_finished_output_has_the_columns_of_its_dataset(teacher, tmp_path):
+    output = tmp_path / "out.parquet"
+    add_shaping([{**row, "source": "a"} for row in rows()], *teacher, output)
+    with pytest.raises(ValueError, match="other columns beside the responses"):
+        add_shaping([{**row, "source": "b"} for row in rows()], *teacher, output)
+
+
 def test_finished_output_is_not_computed_again(teacher, tmp_path, monkeypatch):
     output = tmp_path / "out.parquet"
     first = add_shaping(rows(), *teacher, output)
-    FinishedBatches(output, read_settings(output))  # killed between writing and tidying up
+    FinishedBatches(output).start(read_settings(output))  # killed between writing and tidying up
     monkeypatch.setattr(teacher[0], "forward", None)
     again = add_shaping(rows(), *teacher, output)
     assert again["chosen_shaping"] == list(first["chosen_shaping"])
     assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
 
 
-def test_batches_that_are_done_are_kept(teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch_size", [2, 1, 3])
+def test_batches_that_are_done_are_kept(teacher, tmp_path, monkeypatch, batch_size):
+    """Out of memory, smaller batches go on with what larger ones have done."""
     model, tokenizer = teacher
     whole = add_shaping(rows(), model, tokenizer, tmp_path / "whole.parquet", batch_size=2)
     output = tmp_path / "out.parquet"
     forward, calls = model.forward, []
 
     def failing(*args, **kwargs):
-        calls.append(1)
+        calls.append(len(kwargs["input_ids"]) // 2)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
@@ -184,9 +192,12 @@ def test_batches_that_are_done_are_kept(teacher, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         add_shaping(rows(), model, tokenizer, output, batch_size=2)
     assert not output.exists()
-    resumed = add_shaping(rows(), model, tokenizer, output, batch_size=2)
-    assert len(calls) == 3 + 2  # four batches: two were done
-    assert resumed.to_list() == whole.to_list()
+    resumed = add_shaping(rows(), model, tokenizer, output, batch_size=batch_size)
+    assert calls[:3] == [2, 2, 2] and sum(calls[3:]) == 3  # seven pairs: four were done
+    if batch_size == 2:
+        assert resumed.to_list() == whole.to_list()
+    for column in ("chosen_shaping", "rejected_shaping"):
+        assert resumed[column][:] == pytest.approx(whole[column][:], abs=1e-5)
 
 
 def test_any_source_of_rows_will_do(teacher, tmp_path):

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from fastpref.checks import is_finite_float32, refuse
+from fastpref.data.rows import READ
 from fastpref.data.tokens import IGNORE_INDEX, check_same_vocabulary
 from fastpref.integrations.trl.config import OF_SHAPING, OPTIONS, PreferenceConfig, inputs_of
 from fastpref.integrations.trl.passes import Sides, comparisons_of
@@ -74,7 +75,7 @@ SHAPING = Signal(
 REWARDS = Signal(
     ("chosen_reward", "rejected_reward"),
     "oracle_model",
-    "add them from your oracle, or give the trainer an oracle_model",
+    "add them with `fastpref rewards`, or give the trainer an oracle_model",
 )
 TEACHER_LOGPS = Signal(
     ("teacher_chosen_logps", "teacher_rejected_logps"),
@@ -169,14 +170,15 @@ def _ask_for_shaping(args: PreferenceConfig, signal: Signal, readers: Readers, _
         sizes = {"max_length": args.max_length, "batch_size": args.per_device_train_batch_size}
         model, tokenizer = reader.model, reader.tokenizer
         models = {} if reference is None else {"reference": reference.model}
+        read = [one for one in READ if one in dataset.column_names]
+        few = dataset.select_columns(read)  # else a file of another run may have others
         try:
-            found = add_shaping(dataset, model, tokenizer, file, **models, **sizes, **options)
+            found = add_shaping(few, model, tokenizer, file, **models, **sizes, **options)
         except BadRowsError as error:
             raise ValueError(
                 f"{name}_dataset: expected rows that the teacher can read; take the others "
                 "out, or add the columns with `fastpref values --skip-bad-rows`. " + str(error)
             ) from error
-        # Its columns only: a file of an earlier run knows the rows as they were then.
         for column in signal.columns:
             values = found[column][:]
             dataset = dataset.add_column(column, values, feature=found.features[column])
@@ -292,13 +294,13 @@ def missing_columns(dataset: Any, columns: Iterable[str]) -> list[str]:
     return [column for column in columns if column not in first]
 
 
-def warn_of_other_lengths(dataset: Any, max_length: int | None) -> None:
-    """Warn where a teacher read other parts of responses than the student will.
+def warn_of_other_lengths(dataset: Any, signal: Signal, max_length: int | None) -> None:
+    """Warn where a teacher or oracle read other parts of responses than the student will.
 
-    What `fastpref.teacher.add_shaping` wrote says how long its sequences were; other columns say
-    nothing. ``dataset`` has TRL's tokens.
+    What `fastpref.teacher` wrote says how long its sequences were; other columns say nothing.
+    ``dataset`` has TRL's tokens.
     """
-    note = note_of(dataset, "chosen_shaping")
+    note = note_of(dataset, signal.columns[0])
     if note is None or note["max_length"] == max_length or not isinstance(dataset, Dataset):
         return
     teachers = note["max_length"]
@@ -307,9 +309,9 @@ def warn_of_other_lengths(dataset: Any, max_length: int | None) -> None:
     for row in tokens:
         if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > limit:
             warnings.warn(
-                f"max_length={max_length}, but chosen_shaping and rejected_shaping were made with "
-                f"max_length={teachers}: the teacher's numbers of longer rows are not of the "
-                "tokens that the student reads; use the same max_length for both",
+                f"max_length={max_length}, but {' and '.join(signal.columns)} were made with "
+                f"max_length={teachers}: the numbers of longer rows are not of the tokens that the "
+                "student reads; use the same max_length for both",
                 stacklevel=3,
             )
             return

@@ -176,8 +176,9 @@ class PreferenceTrainer(ReadsModels):
         self._name = "+".join(args.methods)
         self._tag_names = ["trl", "fastpref", *args.methods]
         self.model.add_model_tags(self._tag_names)
-        if "chosen_shaping" in self.columns:
-            warn_of_other_lengths(self.train_dataset, args.max_length)
+        for signal in self.signals.values():
+            if signal.read is None:
+                warn_of_other_lengths(self.train_dataset, signal, args.max_length)
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> Any:
         """As ``DPOTrainer``; new datasets need what the training dataset needed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import pytest
 import torch
@@ -24,11 +24,13 @@ TOKENIZER = tiny_tokenizer()
 def room_for(size: int):
     """Files of at most so many bytes: what is longer fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    # Progress bars are drawn elsewhere: pytest keeps what they draw in a file, too.
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
