@@ -58,7 +58,7 @@ def _by_inputs(
 
 
 def tables_of_docs(rows: list[Row]) -> list[str]:
-    """Those of docs/rounding_errors.md: log-probabilities by everybody, all functions, exceptions."""
+    """Those of docs/rounding_errors.md: log-probs by everybody, all functions, exceptions."""
     flat, *_, last = _each(rows, "inputs")
     shown = [(dtype, inputs) for dtype in ("float32", "bfloat16") for inputs in (flat, last)]
     return [contenders(rows, shown), overview(rows, last), exceptions(rows)]

@@ -205,7 +205,7 @@ def _read_csv(path: Path) -> list[Any]:
     return rows
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {
+_READERS: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json_lines,
     ".csv": _read_csv,
