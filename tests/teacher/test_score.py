@@ -76,3 +76,15 @@ def test_a_head_among_the_weights_is_found(oracle, tmp_path, size):
     load_reward_head(again, tmp_path)
     row = rows(1)[0]
     torch.testing.assert_close(score(again, tokenizer, row), score(model, tokenizer, row))
+
+
+def test_a_head_of_merged_adapters_is_found(oracle, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = oracle
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(model, config).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    load_reward_head(again, tmp_path)
+    found = score(again, tokenizer, rows(2))
+    torch.testing.assert_close(found, score(merged, tokenizer, rows(2)))

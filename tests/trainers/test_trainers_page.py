@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 import fastpref.integrations.trl
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
-TVKD, DRDO, SIMPO, DCKD, MIXED, METHOD, PLAIN = re.findall(
+TVKD, DRDO, SCORE, SIMPO, DCKD, MIXED, METHOD, PLAIN = re.findall(
     r"```python\n(.*?)```", PAGE, flags=re.DOTALL
 )
 
@@ -45,6 +45,8 @@ def test_trl():
     assert names["trainer"].state.global_step == 4
     exec(DRDO, names)
     assert Path("student-drdo/reward_head.safetensors").is_file()
+    exec(SCORE, names)
+    assert names["reward"].isfinite() and names["reward"] != 0
     for code in (SIMPO, DCKD, MIXED):
         exec(code, names)
         assert names["trainer"].state.global_step == 4
