@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -45,30 +45,41 @@ def load_teacher(
     return load_model("teacher", name, dtype=dtype, device_map=device_map)
 
 
+# What loads a tokenizer as well as a model.
+OF_BOTH = ("revision", "token", "trust_remote_code")
+
+
 def load_model(
-    argument: str, name: str, *, dtype: Dtype = "auto", device_map: str | None = None
+    argument: str,
+    name: str,
+    *,
+    dtype: Dtype | torch.dtype = "auto",
+    device_map: Any = None,
+    **more: Any,
 ) -> tuple[Any, Any]:
-    """`load_teacher` of a model that an argument names."""
+    """`load_teacher` of a model that an argument names; ``more`` is for ``from_pretrained``."""
+    if isinstance(dtype, torch.dtype):
+        dtype = cast("Dtype", str(dtype).removeprefix("torch."))
     check_choice("dtype", dtype, get_args(Dtype))
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(argument, name)
+    tokenizer = load_tokenizer(argument, name, **{one: more[one] for one in OF_BOTH if one in more})
     device = this_process().device
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     placed = {} if device_map is None else {"device_map": device_map}
-    options: Any = {"dtype": getattr(torch, dtype), "use_safetensors": True, **placed}
+    options: Any = {"dtype": getattr(torch, dtype), "use_safetensors": True, **placed, **more}
     model: Any = _load(argument, AutoModelForCausalLM, name, **options)
     if device_map is None and model.device.type != device.type:
         model = model.to(device)
     return model.eval(), tokenizer
 
 
-def load_tokenizer(argument: str, name: str) -> Any:
+def load_tokenizer(argument: str, name: str, **more: Any) -> Any:
     """The tokenizer of a model that an argument names as `load_teacher` takes names."""
     from transformers import AutoTokenizer
 
-    return _load(argument, AutoTokenizer, name)
+    return _load(argument, AutoTokenizer, name, **more)
 
 
 def load_student(name: str) -> Any:
@@ -80,13 +91,13 @@ def load_student(name: str) -> Any:
 
 
 def _load(argument: str, kind: Any, name: str, **options: Any) -> Any:
-    """What transformers loads under a name, without running code that comes with it."""
+    """What transformers loads under a name; no code that comes with it, unless that is asked."""
     source = name
     if name.endswith(".gguf"):
         source, options["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
         # Not said, it would ask at the terminal.
-        return kind.from_pretrained(source, trust_remote_code=False, **options)
+        return kind.from_pretrained(source, **{"trust_remote_code": False, **options})
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files fail in many ways

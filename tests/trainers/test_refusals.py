@@ -76,7 +76,7 @@ def with_reward_head(tokenizer=TOKENIZER):
         (tvkd, {**SHAPED, **teacher()}, "teacher_model: expected None, since the train dataset"),
         (tvkd, teacher(OTHER), "teacher_model: expected the student's vocabulary"),
         (tvkd, {"teacher_model": tiny_model(TOKENIZER)}, "teacher_processing_class: expected"),
-        (tvkd, {"teacher_model": "nowhere/to be found"}, "teacher: expected a model folder"),
+        (tvkd, {"teacher_model": "nowhere/to be found"}, "teacher_model: expected a model folder"),
         (tvkd, {**SHAPED, "ref_model": student(seed=5)}, "ref_model: .* reference_free=False"),
         (tvkd, {**SHAPED, "compute_metrics": print}, "compute_metrics: expected None"),
         (drdo, {}, "train_dataset: expected columns chosen_reward and rejected_reward"),
@@ -143,8 +143,22 @@ def test_arguments(tmp_path, make, options, message):
         (
             tvkd,
             teacher(),
+            {"teacher_model_name_or_path": "t"},
+            "teacher_model: expected None beside teacher_model_name_or_path='t'",
+        ),
+        (tvkd, SHAPED, {"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, "_kwargs: .* without"),
+        (
+            tvkd,
+            teacher(),
+            {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+            "teacher_model_init_kwargs: expected None, since the teacher is loaded already",
+        ),
+        (tvkd, teacher(), {"skip_bad_rows": True}, "skip_bad_rows: expected False, since rows"),
+        (
+            tvkd,
+            teacher(),
             {"precompute_shaping": True, "max_length": 8},
-            "train_dataset: expected rows that the teacher can read; .* --skip-bad-rows",
+            "train_dataset: expected rows that the teacher can read; .* skip_bad_rows=True",
         ),
         (
             tvkd,

@@ -128,7 +128,7 @@ def test_shaping_of_sequences_that_were_cut_elsewhere(tmp_path):
     add_shaping(dataset(), teacher, TOKENIZER, tmp_path / "pairs.parquet", max_length=16)
     data = Dataset.from_parquet(str(tmp_path / "pairs.parquet"), cache_dir=str(tmp_path))
     data = data.map(lambda row: {"note": 1}).filter(lambda row: row["note"]).shuffle(seed=0)
-    message = r"max_length=24, but .* made with max_length=16: the teacher's numbers of longer rows"
+    message = r"max_length=24, but .* made with max_length=16: the numbers of longer rows"
     with pytest.warns(UserWarning, match=message):
         tvkd(tmp_path, settings={"max_length": 24}, train_dataset=data)
     tvkd(tmp_path, settings={"max_length": 16}, train_dataset=data)
@@ -183,6 +183,28 @@ def test_a_teacher_read_up_front_has_no_dropout(tmp_path):
         batch_size=2,
     )
     assert found.train_dataset["chosen_shaping"][:] == expected["chosen_shaping"][:]
+
+
+def test_a_teacher_that_the_configuration_names(tmp_path):
+    folder = tmp_path / "teacher"
+    tiny_model(TOKENIZER, seed=7).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    named = {
+        "teacher_model_name_or_path": str(folder),
+        "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
+    }
+    found = tvkd(tmp_path / "run", settings=named)
+    (reader,) = found.readers
+    assert reader.argument == "teacher_model" and reader.model.dtype == torch.bfloat16
+
+
+def test_rows_that_the_teacher_cannot_read_are_left_out(tmp_path):
+    settings = {"precompute_shaping": True, "skip_bad_rows": True, "max_length": 60}
+    rows = dataset().to_list()
+    rows[1]["prompt"] = [{"role": "user", "content": "sky " * 60}]
+    with pytest.warns(UserWarning, match="train_dataset: 1 rows .* left out: 1"):
+        found = with_teacher(tmp_path, settings=settings, train_dataset=Dataset.from_list(rows))
+    assert len(found.train_dataset) == len(rows) - 1
 
 
 def test_a_file_of_an_earlier_run_gives_its_shaping_only(tmp_path):

@@ -186,6 +186,16 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
             "computing them again; by default what the batch needs, up to 1 GiB."
         },
     )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher, where the trainer is given no teacher_model."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What from_pretrained takes beside the teacher's name; JSON on a command line."
+        },
+    )
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,7 +317,9 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
                 check_annotated(options_of(function), options)
                 if function is not METHODS[method]:
                     function(**options)
-        if self.reads("shaping") and self.precompute_shaping:
+        if not self.precompute_shaping:
+            self.refuse_set(["skip_bad_rows"], "rows are left out of a precompute alone")
+        elif self.reads("shaping"):
             self.refuse_set(["truncation_mode"], "a teacher's own tokens are cut at their end")
         self._settle_reference()
         if self.reads("kl_log_ratios") and self.per_device_train_batch_size < 2:

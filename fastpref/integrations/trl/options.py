@@ -35,6 +35,7 @@ def shaping_options(
     form: Form = "difference",
     value_beta: Positive = 0.1,
     precompute_shaping: bool = False,
+    skip_bad_rows: bool = False,
 ) -> dict[str, Any]:
     """What `fastpref.teacher_shaping` takes, from the options of methods that read a shaping.
 
@@ -48,6 +49,8 @@ def shaping_options(
         precompute_shaping: Whether to compute the teacher's shaping of the whole dataset before
             training and let go of the teacher. It then reads its own tokens: any tokenizer will
             do. The result stays in output_dir and is used again.
+        skip_bad_rows: Whether precompute_shaping leaves out rows that the teacher cannot read,
+            of the training too, instead of refusing them.
     """
     check_signal(terminal, form, gamma)
     return ShapingOptions(potential, value_temperature, gamma, terminal, form, value_beta)._asdict()

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
+from fastpref.checks import refuse
 from fastpref.data.tokens import check_same_vocabulary
 from fastpref.integrations.trl.passes import BOTH, Reading, Sides
 from fastpref.models.fused_head import add_fused_head
 from fastpref.ops import Head
-from fastpref.teacher import load_teacher
+from fastpref.teacher.model import load_model
 
 OfStates = Callable[[Tensor, Head, Tensor], Tensor]  # states, head, labels -> (2B, ...)
 
@@ -76,11 +77,16 @@ def kept_reading(states: Tensor, head: Head, sides: Sides, spread: bool) -> Read
     return Reading(states, head, sides)
 
 
-def load_frozen(argument: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """A model that is given or named, and its tokenizer, found where the model came from."""
+def load_frozen(argument: str, model: Any, tokenizer: Any, **init: Any) -> tuple[Any, Any]:
+    """A model that is given or named, and its tokenizer, found where the model came from.
+
+    ``init`` is for ``from_pretrained``.
+    """
     if isinstance(model, str):
-        model, found = load_teacher(model)
+        model, found = load_model(argument, model, **init)
         return model, tokenizer or found
+    if init:
+        refuse("teacher_model_init_kwargs", "None, since the teacher is loaded already", init)
     model.eval()
     if tokenizer is None:
         source = get_config_model_id(model.config)

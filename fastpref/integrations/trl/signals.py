@@ -24,7 +24,7 @@ from fastpref.responses import sum_responses
 from fastpref.sequences import labels_of_states
 from fastpref.teacher import BadRowsError, add_shaping, shaping_from_values, teacher_shaping
 from fastpref.teacher.implicit import rewards_so_far
-from fastpref.teacher.store import note_of
+from fastpref.teacher.store import note_of, read_settings
 
 
 @dataclass
@@ -85,6 +85,18 @@ TEACHER_LOGPS = Signal(
 REFERENCE = Signal(("ref_chosen_logps", "ref_rejected_logps"))  # which DPOTrainer precomputes
 
 
+def named_teacher(args: PreferenceConfig, teacher_model: Any) -> Any:
+    """The teacher that a trainer was given, or the name of it in the configuration."""
+    name = args.teacher_model_name_or_path
+    if name is None and teacher_model is None and args.teacher_model_init_kwargs:
+        refuse(
+            "teacher_model_init_kwargs", "None without a teacher", args.teacher_model_init_kwargs
+        )
+    if name is not None and teacher_model is not None:
+        refuse("teacher_model", f"None beside teacher_model_name_or_path={name!r}", "a teacher")
+    return name if teacher_model is None else teacher_model
+
+
 def signals_of(
     args: PreferenceConfig, student: Any, models: dict[str, tuple[Any, Any]], cached: bool
 ) -> tuple[dict[str, Signal], list[Reader]]:
@@ -124,7 +136,8 @@ def signals_of(
         if not wanted and argument not in [*sides, *beside]:
             reason = f"the loss reads nothing of it (method={args.method!r}, alpha={args.alpha})"
             refuse(argument, f"None, since {reason}", type(model).__name__)
-        loaded = load_frozen(argument, model, tokenizer)
+        init: Any = args.teacher_model_init_kwargs if argument == "teacher_model" else None
+        loaded = load_frozen(argument, model, tokenizer, **(init or {}))
         readers[argument] = Reader(argument, *loaded, sides=sides.get(argument))
         for name, (signal, ask) in wanted.items():
             signals[name] = ask(args, signal, readers, model)
@@ -165,7 +178,8 @@ def _ask_for_shaping(args: PreferenceConfig, signal: Signal, readers: Readers, _
 
     def compute(dataset: Any, name: str) -> Any:
         if not isinstance(dataset, Dataset):
-            refuse(f"{name}_dataset", "a Dataset to precompute", type(dataset).__name__)
+            advice = "(`fastpref values` adds the columns to the rows of a file)"
+            refuse(f"{name}_dataset", f"a Dataset to precompute {advice}", type(dataset).__name__)
         file = Path(args.output_dir) / f"{name}-shaping.parquet"
         sizes = {"max_length": args.max_length, "batch_size": args.per_device_train_batch_size}
         model, tokenizer = reader.model, reader.tokenizer
@@ -173,12 +187,22 @@ def _ask_for_shaping(args: PreferenceConfig, signal: Signal, readers: Readers, _
         read = [one for one in READ if one in dataset.column_names]
         few = dataset.select_columns(read)  # else a file of another run may have others
         try:
-            found = add_shaping(few, model, tokenizer, file, **models, **sizes, **options)
+            found = add_shaping(
+                few, model, tokenizer, file, **models, **sizes, **options,
+                skip_bad_rows=bool(args.skip_bad_rows),
+            )  # fmt: skip
         except BadRowsError as error:
             raise ValueError(
                 f"{name}_dataset: expected rows that the teacher can read; take the others "
-                "out, or add the columns with `fastpref values --skip-bad-rows`. " + str(error)
+                "out, or set skip_bad_rows=True. " + str(error)
             ) from error
+        if skipped := read_settings(file)["skipped_rows"]:
+            warnings.warn(
+                f"{name}_dataset: {len(skipped)} rows that the teacher cannot read are left out: "
+                + ", ".join(map(str, skipped)),
+                stacklevel=2,
+            )
+            dataset = dataset.select(sorted(set(range(len(dataset))) - set(skipped)))
         for column in signal.columns:
             values = found[column][:]
             dataset = dataset.add_column(column, values, feature=found.features[column])

@@ -42,6 +42,7 @@ from fastpref.integrations.trl.signals import (
     CollatorWithColumns,
     Signal,
     missing_columns,
+    named_teacher,
     signals_of,
     warn_of_other_lengths,
 )
@@ -80,7 +81,8 @@ class PreferenceTrainer(ReadsModels):
         args: `PreferenceConfig`, or a ``DPOConfig``: its fields are
             carried over, ours keep their defaults.
         teacher_model: For methods that read a teacher: a causal language model, a folder or a name
-            on the Hub; None where the dataset has the columns, or for TVKD with ``alpha=0``.
+            on the Hub; None where ``args.teacher_model_name_or_path`` says it, where the dataset
+            has the columns, or for TVKD with ``alpha=0``.
         teacher_ref_model: For ADPA, and for TVKD with a teacher and
             ``potential="implicit_reward"``: the teacher as it was before it was aligned.
         teacher_processing_class: Their tokenizer; None loads the one from where they came from.
@@ -141,6 +143,7 @@ class PreferenceTrainer(ReadsModels):
             reason = "there is no reference (TVKD has one with reference_free=False)"
             refuse("ref_model", f"None, since {reason}", type(ref_model).__name__)
         refuse_adapters(model, peft_config)
+        teacher_model = named_teacher(args, teacher_model)
         models = {
             "teacher_ref_model": (teacher_ref_model, teacher_processing_class),
             "teacher_model": (teacher_model, teacher_processing_class),
