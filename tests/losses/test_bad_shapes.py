@@ -117,7 +117,10 @@ def test_sums_refuse_what_does_not_fit():
         ({"logps": logps[:2]}, r"logps: expected shape \(3, 2\)"),
         ({"logps": logps.long()}, "logps: expected float64"),
         ({"labels": labels[0]}, r"labels: expected shape \(S, T\)"),
+        ({"logps": logps.to("meta")}, "logps: expected device cpu, like labels"),
         ({"token_weights": logps[0]}, r"token_weights: expected shape \(3, 2\)"),
+        ({"token_weights": logps.to("meta")}, "token_weights: expected device cpu, like labels"),
+        ({"token_weights": logps.long()}, "token_weights: expected float64"),
         ({"cu_seqlens": torch.tensor([0, 6])}, r"labels: expected shape \(N,\)"),
         ({"compact": 1}, "compact: expected True or False"),
     ):

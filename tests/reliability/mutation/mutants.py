@@ -41,7 +41,9 @@ class RemoveCall(Operator):
             yield node.start_pos, node.end_pos
 
     def mutate(self, node: Any, index: int) -> Any:
-        return parso.parse(node.get_first_leaf().prefix + "pass\n").children[0]
+        nothing = parso.parse("pass\n").children[0]
+        nothing.get_first_leaf().prefix = node.get_first_leaf().prefix
+        return nothing
 
     @classmethod
     def examples(cls) -> tuple[()]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
+import sys
 import types
 from collections.abc import Iterator
 
 Changed = dict[types.CodeType, types.CodeType]  # new code by old
 Place = tuple[str, str, int]
+Functions = dict[Place, list[types.FunctionType]]
 OF_FUNCTIONS = inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS
 
 
@@ -32,21 +35,34 @@ def replacements(before: str, after: str, path: str) -> Changed | None:
     return outer
 
 
-def functions_of(folder: str) -> dict[Place, list[types.FunctionType]]:
-    """All functions there are of the files in a folder."""
-    found: dict[Place, list[types.FunctionType]] = {}
+def functions_of(modules: list[str]) -> Functions:
+    """All functions of modules, imported here, but for those that importing them calls.
+
+    A decorator, for example, has done its work when another code comes.
+    """
+    called: set[types.CodeType] = set()
+
+    def note(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.add(frame.f_code)
+
+    sys.setprofile(note)
+    for name in modules:
+        importlib.import_module(name)
+    sys.setprofile(None)
+    found: Functions = {}
     for one in gc.get_objects():
-        if isinstance(one, types.FunctionType) and one.__code__.co_filename.startswith(folder):
+        if type(one) is types.FunctionType and one.__code__ not in called:
             found.setdefault(_place(one.__code__), []).append(one)
     return found
 
 
-def patchable(changed: Changed, functions: dict[Place, list[types.FunctionType]]) -> bool:
+def patchable(changed: Changed, functions: Functions) -> bool:
     """Whether any function there is has one of these codes."""
     return any(_place(old) in functions for old in changed)
 
 
-def patch(changed: Changed, functions: dict[Place, list[types.FunctionType]]) -> None:
+def patch(changed: Changed, functions: Functions) -> None:
     """Give all functions that have one of these codes the other one."""
     for old, new in changed.items():
         for function in functions.get(_place(old), ()):

@@ -33,6 +33,8 @@ if INTERPRETED:  # runs Triton kernels on the CPU
         "tests/kernels tests/losses/test_pair_ops.py tests/losses/test_tvkd.py "
         "tests/losses/test_drdo.py tests/ops/test_linear_logps.py"
     ]
+DEFAULTS = ["tests/test_defaults.py"]  # touches no line, and sees what importing makes of them
+TRIED = KEPT / f"tried-{os.getpid()}.txt"  # in this run
 SLOWEST = 4.0  # seconds; slower tests are left out
 
 
@@ -46,6 +48,7 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     KEPT.mkdir(parents=True, exist_ok=True)
+    TRIED.write_text("")
     touched = touches()
     preload()
     modules = [
@@ -63,21 +66,33 @@ def main() -> None:
         work(None)
     else:
         pools = " ".join(POOLS).split()
-        pytest.main([*OPTIONS, "-k", "not compile", *pools], plugins=[Collected(work)])
+        names = [module.removesuffix(".py").replace("/", ".") for module in modules]
+        collected = Collected(names, work)
+        pytest.main([*OPTIONS, "-k", "not compile", *pools], plugins=[collected])
         os._exit(0)
 
 
 def touches() -> Touched:
-    found = {}
+    kind = "touched-interpreted" if INTERPRETED else "touched"
     for number, pool in enumerate(POOLS):
-        file = KEPT / f"touched{number}{'-interpreted' * INTERPRETED}.json"
+        file = KEPT / f"{kind}{number}.json"
         if not file.exists():
             here = {"TOUCHED": str(file), "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
             options = "-q -n 0 -p touched -p no:cacheprovider -k".split()
             command = [sys.executable, "-m", "pytest", *options, "not compile", *pool.split()]
             subprocess.run(command, env={**os.environ, **here})
+    found = {}
+    for file in sorted(KEPT.glob(f"{kind}[0-9].json")):
         found |= json.loads(file.read_text())
     return found
+
+
+def valid(code: str) -> bool:
+    try:
+        compile(code, "", "exec")
+    except SyntaxError:  # of `/` among parameters, for example
+        return False
+    return True
 
 
 class Module:
@@ -104,7 +119,7 @@ class Module:
         for mutant in sorted(chosen[: self.arguments.each], key=lambda one: one.line):
             changed = mutant.code(self.code)
             key = f"{mutant.line}: {'  ->  '.join(difference(self.code, changed))}"
-            if changed != self.code and self.kept.get(key, [""])[0] not in settled:
+            if self.kept.get(key, [""])[0] not in settled and valid(changed):
                 self.try_one(key, mutant.line, changed, ready)
         if ready is None:
             self.check()
@@ -113,13 +128,14 @@ class Module:
         swapped = replacements(self.code, changed, self.path)
         if swapped == {}:
             return
-        if ready is None:  # the second round
-            if swapped is not None and key in self.kept:
+        name = f"{self.module}:{key}\n"
+        if ready is None:
+            if name in TRIED.read_text():
                 return
         elif swapped is None or not patchable(swapped, ready.functions):
             return
         seconds = self.arguments.seconds
-        tests = self.fitting(line, ready) or self.fitting(None, ready)
+        tests = self.fitting(line, ready) or DEFAULTS[: ready is None] + self.fitting(None, ready)
         if not tests:
             found = "no test", ""
         elif swapped is None or ready is None:
@@ -128,22 +144,24 @@ class Module:
         else:
             found = outcome(run_patched(swapped, ready, tests), 10 + int(5 * seconds))
         self.kept[key] = found
+        with TRIED.open("a") as tried:
+            tried.write(name)
         if found[0] != "killed":
-            print(found[0], self.module, key, flush=True)
+            print(found[0], name, end="", flush=True)
         about = {"of": len(self.every), "code": self.digest, "mutants": self.kept}
         self.file.write_text(json.dumps(about, indent=1))
 
     def fitting(self, line: int | None, ready: Ready | None) -> list[str]:
-        """Tests that touch the line, the fastest of each file first, then the second of each."""
-        files: dict[str, list[tuple[float, str]]] = {}
+        """Tests that touch the line: each function's fastest case, then the second of each."""
+        functions: dict[str, list[tuple[float, str]]] = {}
         for test, about in self.touched.items():
             lines = about["lines"].get(self.module, ())
             fits = line in lines if line is not None else bool(lines)
             if fits and about["seconds"] <= SLOWEST and (ready is None or test in ready.tests):
-                files.setdefault(test.split("::")[0], []).append((about["seconds"], test))
+                functions.setdefault(test.split("[")[0], []).append((about["seconds"], test))
         ranked = [
             (place, seconds, test)
-            for tests in files.values()
+            for tests in functions.values()
             for place, (seconds, test) in enumerate(sorted(tests))
         ]
         chosen, total = [], 0.0

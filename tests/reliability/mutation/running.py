@@ -19,7 +19,7 @@ from typing import NamedTuple
 import hypothesis
 import pytest
 import torch
-from patching import Changed, Place, functions_of, patch
+from patching import Changed, Functions, functions_of, patch
 
 ROOT = Path(__file__).resolve().parents[3]
 MEMORY = 6 * 2**30  # a mutant may ask for any amount
@@ -36,7 +36,7 @@ class Ready(NamedTuple):
     """What is there after collecting tests."""
 
     tests: dict[str, pytest.Item]
-    functions: dict[Place, list[types.FunctionType]]
+    functions: Functions
 
 
 class NoShrinking:
@@ -65,13 +65,13 @@ class FirstFailure(NoShrinking):
 class Collected(NoShrinking):
     """Calls a function with all tests, collected once, where pytest would run them."""
 
-    def __init__(self, work: Callable[[Ready], None]) -> None:
+    def __init__(self, modules: list[str], work: Callable[[Ready], None]) -> None:
+        self.functions = functions_of(modules)
         self.work = work
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        functions = functions_of(str(ROOT / "fastpref"))
         settle()
-        self.work(Ready({item.nodeid: item for item in session.items}, functions))
+        self.work(Ready({item.nodeid: item for item in session.items}, self.functions))
         return True
 
 
