@@ -91,3 +91,9 @@ def test_unknown_names_are_refused():
         teacher_shaping(states, weight, labels, potential="luck")
     with pytest.raises(ValueError, match="reward: expected .*logp"):
         action_rewards(states, weight, labels, reward="luck")
+
+
+def test_action_rewards_refuse_states_without_the_last_one():
+    states, weight, labels = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long()
+    with pytest.raises(ValueError, match=r"hidden: expected shape \(2, 4, H\) .*last token"):
+        action_rewards(states, weight, labels, reward="logp")

@@ -33,7 +33,8 @@ if INTERPRETED:  # runs Triton kernels on the CPU
         "tests/kernels tests/losses/test_pair_ops.py tests/losses/test_tvkd.py "
         "tests/losses/test_drdo.py tests/ops/test_linear_logps.py"
     ]
-DEFAULTS = ["tests/test_defaults.py"]  # touches no line, and sees what importing makes of them
+# These see what importing makes of the lines that no test touches.
+OF_IMPORTS = ["tests/test_defaults.py", "tests/reliability/composition/test_transforms.py"]
 TRIED = KEPT / f"tried-{os.getpid()}.txt"  # in this run
 SLOWEST = 4.0  # seconds; slower tests are left out
 
@@ -135,7 +136,7 @@ class Module:
         elif swapped is None or not patchable(swapped, ready.functions):
             return
         seconds = self.arguments.seconds
-        tests = self.fitting(line, ready) or DEFAULTS[: ready is None] + self.fitting(None, ready)
+        tests = self.fitting(line, ready) or self.fitting(None, ready) + OF_IMPORTS * (ready is None)
         if not tests:
             found = "no test", ""
         elif swapped is None or ready is None:
