@@ -29,7 +29,7 @@ def numbers() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("row_step", "column_step", "tiles_across", "stretch_rows", "tail"),
-    [(4, 5, 1, 4, 0), (3, 4, 3, 6, 4), (2, 8, 2, 8, 3), (4, 6, 3, 12, 2)],
+    [(4, 5, 1, 4, 0), (3, 4, 3, 6, 4), (2, 8, 2, 8, 3), (4, 6, 3, 12, 2), (1, 1, 1, 1, 0)],
 )
 def test_grids(row_step, column_step, tiles_across, stretch_rows, tail, monkeypatch):
     expected = numbers()

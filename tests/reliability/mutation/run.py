@@ -136,7 +136,8 @@ class Module:
         elif swapped is None or not patchable(swapped, ready.functions):
             return
         seconds = self.arguments.seconds
-        tests = self.fitting(line, ready) or self.fitting(None, ready) + OF_IMPORTS * (ready is None)
+        tests = self.fitting(line, ready) or self.fitting(None, ready)
+        tests += OF_IMPORTS * (ready is None)
         if not tests:
             found = "no test", ""
         elif swapped is None or ready is None:
