@@ -24,7 +24,11 @@ def test_equals_full_logits(softcap, few_rows, monkeypatch):
     expected, likeliest = (logits / 0.7).log_softmax(1).topk(4)
     assert torch.equal(tokens, likeliest) and logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
-    assert top_logps(hidden.double(), weight.double(), 2)[1].dtype == torch.float64
+    found = top_logps(hidden.double(), weight.double(), 20)[1]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(7).double())
+    plain = (hidden.double() @ weight.double().T).log_softmax(1).amax(1)
+    torch.testing.assert_close(found[:, 0], plain)
 
 
 def test_a_sharded_head_is_refused():
