@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpref.ops import forward
+from fastpref.ops.operands import Operands
 from fastpref.ops.running import Running, joined, joined_stats
+from fastpref.ops.torch_tiles import LogitTransform
 
 SIZES = [4, 1, 3, 5]
 
@@ -51,3 +54,28 @@ def test_parts_give_the_whole(scale):
     torch.testing.assert_close(shares.label, found.logps().exp())
     torch.testing.assert_close(shares.others, 1 - found.logps().exp(), atol=1e-12, rtol=1e-7)
     torch.testing.assert_close(shares.unit, torch.exp(found.reference - found.lse()))
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_a_label_is_in_one_part_or_in_none(stats):
+    logits, labels = torch.randn(3, 6), torch.tensor([0, 4, -1])
+    locals_ = [torch.where(labels < 3, labels, -1), torch.where(labels >= 3, labels - 3, -1)]
+    readings = [read(part, local) for part, local in zip(logits.split(3, 1), locals_, strict=True)]
+    for numbers, of_part in readings:  # as kernels leave it where they find no label
+        numbers[2] = numbers[2].masked_fill(numbers[2] == -torch.inf, torch.nan)
+        of_part[:, 2] = numbers[2]
+    readings = [(one, other if stats else other[:, :0]) for one, other in readings]
+    whole, numbers = forward._joined(readings, locals_)
+    at_label = torch.stack((logits[0, 0], logits[1, 4], torch.tensor(torch.nan)))
+    torch.testing.assert_close(whole[2], at_label, equal_nan=True)
+    assert numbers.shape == (3, 3 if stats else 0)
+    if stats:
+        torch.testing.assert_close(numbers[:2, 2], at_label[:2])
+        assert numbers[2, 2].isnan() and numbers[:, :2].isfinite().all()
+
+
+def test_labels_of_a_part_of_the_vocabulary():
+    hidden, weight, labels = torch.randn(4, 2), torch.randn(6, 2), torch.tensor([0, 2, 4, 5])
+    operands = Operands(hidden, weight, None, labels, *LogitTransform(), -100, True)
+    part = operands.of_columns(slice(2, 5))
+    assert part.labels.tolist() == [-1, 0, 2, -1] and torch.equal(part.weight, weight[2:5])
