@@ -20,6 +20,7 @@ COMMON = {
     "cu_seqlens": None,
     "scratch_bytes": None,
     "max_length": None,
+    "batch_size": 8,
     "terminal": "bootstrap",
     "form": "difference",
     "potential": "value",
@@ -80,14 +81,12 @@ OWN = {
         "reference": None,
         "reference_tokenizer": None,
         "beta": 0.1,
-        "batch_size": 8,
     },
     "add_kd_cache": {
         "student": None,
         "top_k": None,
         "teacher_tokenizer": None,
         "chosen_only": False,
-        "batch_size": 8,
     },
     "load_teacher": {"dtype": "auto", "device_map": None},
     "read_rows": {"split": "train"},
@@ -100,7 +99,7 @@ FUNCTIONS: dict[str, Any] = {
     name: getattr(module, name)
     for module in (fastpref, fastpref.teacher)
     for name in module.__all__
-    if callable(getattr(module, name))
+    if callable(getattr(module, name)) and not name.endswith("Error")
 } | dict(METHODS)
 
 
