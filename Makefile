@@ -5,6 +5,7 @@
 # make load: 20 000 random steps in one process, ten minutes.
 # make peer-tests TRL=<checkout> LIGER=<checkout> CCE=<checkout>: their tests of our functions.
 # make errors: rounding errors beside other libraries, ten minutes.
+# make mutation: changes the code in small ways, and shows what no test notices; an hour or more.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults load errors audit gpu-check peer-tests
+.PHONY: demo test lint check-install faults load errors audit gpu-check peer-tests mutation
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -36,6 +37,27 @@ lint: .venv/.installed
 
 check-install:
 	$(PYTHON) .ci/check_install.py
+
+# docs/reliability.md. MODULE= says which files or folders, EACH= how many mutants of each file.
+# First every test runs once, to see what it touches; what was found is kept in build/mutation.
+MODULE := fastpref/responses.py fastpref/rewards.py fastpref/sequences.py fastpref/losses \
+	fastpref/ops fastpref/teacher
+EACH := 60
+SECONDS := 4
+mutation: export OMP_NUM_THREADS := 1
+mutation: export TRL_EXPERIMENTAL_SILENCE := 1
+mutation: .venv-mutation/.installed
+	.venv-mutation/bin/python tests/reliability/mutation/run.py $(MODULE) --each $(EACH) \
+		--seconds $(SECONDS)
+	.venv-mutation/bin/python tests/reliability/mutation/score.py
+
+# Cosmic Ray and coverage beside what .venv has.
+.venv-mutation/.installed: .venv/.installed Makefile
+	$(PYTHON) -m venv .venv-mutation
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.venv-mutation/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth
+	.venv-mutation/bin/pip install cosmic-ray==8.7.0 coverage
+	touch $@
 
 # Precomputes and trainings ended at random moments, and disks that are full: docs/reliability.md.
 ENDS := 100

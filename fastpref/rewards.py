@@ -57,11 +57,11 @@ def sequence_rewards(
         refuse("head_weight", f"shape (1, {width}) or ({width},)", tuple(head_weight.shape))
     mask = labels_of_states(labels, cu_seqlens, ignore_index) != ignore_index
     last = last_position(mask, cu_seqlens)
-    after_last = (last + 1).clamp(max=mask.shape[-1] - 1)
+    # There is one after it: the last label of a sequence is never that of a token.
     if cu_seqlens is None:
-        states = hidden[torch.arange(hidden.shape[0], device=hidden.device), after_last]
+        states = hidden[torch.arange(hidden.shape[0], device=hidden.device), last + 1]
     else:
-        states = hidden[after_last]
+        states = hidden[last + 1]
     # Before the product: what a sequence without labels holds must not reach the head's gradient.
     states = torch.where((last >= 0).unsqueeze(1), states, 0)
     dtype = statistics_dtype(hidden.dtype)

@@ -110,15 +110,25 @@ def test_a_reward_head_of_another_shape():
         refused("sequence_rewards", "head_bias", "(1,) or ()", "(2,)", head_bias=torch.ones(2))
 
 
+FLAT = {"labels": torch.tensor([1, 2, -100]), "logps": torch.full((3,), -0.5)}
+
+
 def test_sums_refuse_what_does_not_fit():
+    one = fastpref.sum_responses(**FLAT, cu_seqlens=torch.tensor([0, 3]))
+    assert one.logps.tolist() == [-1.0] and one.lengths.tolist() == [2]
     labels, logps = torch.ones(3, 2, dtype=torch.int64), torch.zeros(3, 2)
     assert fastpref.sum_responses(logps, labels).logps.shape == (3,)  # no pairs are asked for
     for changes, expected in (
         ({"logps": logps[:2]}, r"logps: expected shape \(3, 2\)"),
         ({"logps": logps.long()}, "logps: expected float64"),
         ({"labels": labels[0]}, r"labels: expected shape \(S, T\)"),
+        ({"logps": logps.to("meta")}, "logps: expected device cpu, like labels"),
         ({"token_weights": logps[0]}, r"token_weights: expected shape \(3, 2\)"),
+        ({"token_weights": logps.to("meta")}, "token_weights: expected device cpu, like labels"),
+        ({"token_weights": logps.long()}, "token_weights: expected float64"),
         ({"cu_seqlens": torch.tensor([0, 6])}, r"labels: expected shape \(N,\)"),
+        ({**FLAT, "cu_seqlens": torch.tensor([0])}, r"cu_seqlens: expected shape \(S \+ 1,\)"),
+        ({**FLAT, "cu_seqlens": torch.tensor([[0, 6]])}, r"cu_seqlens: expected shape \(S \+ 1,\)"),
         ({"compact": 1}, "compact: expected True or False"),
     ):
         with pytest.raises(ValueError, match=expected):

@@ -87,8 +87,12 @@ def test_what_the_formulas_say():
     assert found.chosen_rewards == 0.5 and found.rejected_rewards == -1.0
     smoothed = dpo(responses, ref_logps, beta=0.5, label_smoothing=0.25).loss.item()
     torch.testing.assert_close(smoothed, found.loss.item() + 0.25 * 1.5, rtol=1e-6, atol=0)
-    assert ipo(responses, ref_logps, beta=0.5).loss == (2.0 - 1.0) ** 2
-    assert ipo(responses, ref_logps, beta=0.5, length_normalize=False).loss == (3.0 - 1.0) ** 2
+    found = ipo(responses, ref_logps, beta=0.5)
+    assert found.loss == (2.0 - 1.0) ** 2
+    assert found.chosen_rewards == 0.5 and found.rejected_rewards == -0.5
+    found = ipo(responses, ref_logps, beta=0.5, length_normalize=False)
+    assert found.loss == (3.0 - 1.0) ** 2
+    assert found.chosen_rewards == 0.5 and found.rejected_rewards == -1.0
 
 
 def test_metrics_are_detached():

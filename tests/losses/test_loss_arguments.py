@@ -68,6 +68,7 @@ def test_a_loss_refuses_tensors_that_do_not_fit(method, name):
         "(2, 3)": good.new_zeros(2, 3),
         "(0,)": good[:0],
         "(1, 4, 1)": good.new_zeros(1, 4, 1),
+        "(0, 4)": good.new_zeros(0, 4),
         "list": good.tolist(),
         "torch.int64": good.long(),
         "meta": good.to(META),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from fastpref.losses import METHODS
@@ -49,6 +50,42 @@ def test_the_kernel_runs_where_it_has_every_gradient(loss, constant, monkeypatch
     assert len(calls) == constant
     expected = METHODS[loss](tokens.sums(), torch.zeros(4), **given)
     assert torch.equal(found.chosen_logps, expected.chosen_logps)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("tvkd", {"sft_weight": 0.5, "label_smoothing": 0.1}),
+        ("tvkd", {"length_normalize": True, "ref_logps": torch.tensor([-1.0, -0.5, -0.2, -3.0])}),
+        ("tvkd", {"alpha": 0.0}),
+        ("drdo", {"detach_focal": False}),
+        ("drdo", {"detach_focal": True, "length_normalize": True}),
+    ],
+)
+def test_every_output_and_gradient_is_that_of_pytorch(loss, options):
+    values, x = -torch.rand(9), torch.randn(4, requires_grad=True)
+    given = {"oracle_rewards": torch.randn(4)} if loss == "drdo" else {}
+
+    def run(summed: bool) -> list[torch.Tensor]:
+        leaf = values.clone().requires_grad_()
+        tokens = Tokens(leaf, MASK, BOUNDARIES, None)
+        found = METHODS[loss](tokens.sums() if summed else tokens, x, **given, **options)
+        wanted = torch.autograd.grad(found.loss, (leaf, x), materialize_grads=True)
+        return [*(one.detach() for one in found), *wanted]
+
+    for one, other in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@needs_triton
+def test_shapes_are_known_without_values():
+    given = (logps().detach(), MASK, BOUNDARIES, torch.rand(9), torch.randn(4), torch.randn(4))
+    real = pair_losses_op("tvkd", *given, 0.1, 2.0, 0.3, True)
+    with FakeTensorMode() as mode:
+        fake = pair_losses_op("tvkd", *map(mode.from_tensor, given), 0.1, 2.0, 0.3, True)
+    shapes = [[(one.shape, one.dtype) for one in found] for found in (real, fake)]
+    assert shapes[0] == shapes[1]
 
 
 @needs_triton

@@ -1,10 +1,13 @@
-"""Matrix products of 16-bit operands into float32 sums, which only a GPU computes."""
+"""Where kernels run; products of 16-bit operands into float32 sums, which only a GPU computes."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastpref.ops import backend
 from fastpref.ops.backend import multiply
 
 
@@ -38,3 +41,20 @@ def test_sums_in_the_dtype_of_the_left_operand(dtype, right_dtype):
     torch.testing.assert_close(out, product)
     multiply(left, right, out, add=True)
     torch.testing.assert_close(out, 2 * product)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_kernels_run_on_their_devices_or_interpreted(device, interpreted, installed, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    monkeypatch.setattr(backend, "triton", object() if installed else None)
+
+    def served(dtype: torch.dtype) -> bool:
+        return backend.uses_triton(
+            SimpleNamespace(dtype=dtype, device=SimpleNamespace(type=device))
+        )
+
+    expected = installed and (device in ("cuda", "xpu") or interpreted == "1")
+    assert served(torch.float32) == served(torch.bfloat16) == expected
+    assert not served(torch.float64)

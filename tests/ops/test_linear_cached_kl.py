@@ -339,6 +339,7 @@ REFUSALS_OF_MEANS = [
     ({"student_head": Head(WEIGHT, softcap=3.0)}, "student_softcap: expected None"),
     ({"student_head": WEIGHT.to("meta")}, "student_weight: expected device cpu, like teacher_hid"),
     ({"student_head": WEIGHT[0]}, r"student_weight: expected shape \(V, H\)"),
+    ({"student_head": WEIGHT.long()}, "student_weight: expected float64, float32"),
     ({"student_head": None}, r"student_head: expected a Head or a tensor \(V, H\)"),
     ({"student_head": WEIGHT[:7]}, r"labels: expected -100 \(ignore_index\) or values in \[0, 7\)"),
     ({"labels": LABELS[:3]}, r"labels: expected shape \(4,\) \(teacher_hidden without"),

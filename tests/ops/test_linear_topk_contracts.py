@@ -142,6 +142,13 @@ def test_second_derivatives_are_refused(trained, tail):
         gradient.sum().backward()
 
 
+def test_a_position_without_leading_dimensions():
+    hidden, weight = torch.randn(4, 5), torch.randn(11, 5)
+    found = linear_topk_divergence(hidden[0], weight, IDS[0], LOGPS[0], LABELS[0])
+    assert found.shape == ()
+    torch.testing.assert_close(found, linear_topk_divergence(hidden, weight, IDS, LOGPS, LABELS)[0])
+
+
 REFUSALS = [
     ({"tail": "rest"}, "tail: expected 'bucket' or 'drop' or 'renormalize', got 'rest'"),
     ({"student_head": torch.zeros(11, 4)}, r"student_weight: expected shape \(V, 5\)"),

@@ -91,3 +91,21 @@ def test_unknown_names_are_refused():
         teacher_shaping(states, weight, labels, potential="luck")
     with pytest.raises(ValueError, match="reward: expected .*logp"):
         action_rewards(states, weight, labels, reward="luck")
+
+
+def test_action_rewards_refuse_states_without_the_last_one():
+    states, weight, labels = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long()
+    with pytest.raises(ValueError, match=r"hidden: expected shape \(2, 4, H\) .*last token"):
+        action_rewards(states, weight, labels, reward="logp")
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_every_token_of_the_vocabulary_is_inside(potential):
+    """There are more tokens than hidden units."""
+    states, weight = torch.randn(2, 3, 4), torch.randn(9, 4)
+    labels = torch.tensor([[3, 8], [7, -100]])
+    given = {"potential": potential}
+    found = teacher_shaping(states, weight, labels, compact=False, **given)
+    torch.testing.assert_close(found, teacher_shaping(states, weight, labels, **given))
+    outside = teacher_shaping(states, weight, labels + (labels == 8), compact=False, **given)
+    assert outside[0].isnan() and torch.equal(outside[1], found[1])

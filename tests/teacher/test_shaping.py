@@ -15,6 +15,7 @@ from torch import Tensor
 from fastpref import linear_logsumexp, shaping_from_values, teacher_shaping
 from fastpref.ops import forward
 from fastpref.sequences import sequence_sum
+from fastpref.teacher.shaping import check_signal
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -305,3 +306,11 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(
             lambda leaf, options=options: shaping_from_values(leaf, LABELS, **options), values
         )
+
+
+def test_what_teaches_nothing_is_refused():
+    with pytest.raises(ValueError, match="terminal: expected 'bootstrap', or a gamma below 1"):
+        check_signal("zero", "difference", 1.0)
+    for taught in (("zero", "difference", 0.0), ("zero", "next_value", 1.0)):
+        check_signal(*taught)
+    check_signal("bootstrap", "difference", 1.0)
