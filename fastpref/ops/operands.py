@@ -12,7 +12,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from fastpref.ops.backend import autocasts, multiply, operand_dtype
-from fastpref.ops.tiling import Tiling, grid_by_columns
+from fastpref.ops.tiling import Tiling, blocks, grid_by_columns
 from fastpref.ops.torch_tiles import LogitTransform
 
 # The fields of `Operands`, as a schema has them: all operators with a head begin with these.
@@ -71,6 +71,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 NO_LABEL = -1  # of a row that is projected without one
+LABELS_AT_ONCE = 2048  # rows of the weight that are copied, beside a tile's memory
 
 
 class Logits(NamedTuple):
@@ -107,16 +108,17 @@ class Logits(NamedTuple):
         """Labels of one tile's rows."""
         return None if self.labels is None else self.labels[rows]
 
-    def weight_of_labels(self) -> Tensor:
+    def weight_of_labels(self, rows: slice = slice(None)) -> Tensor:
         """Rows (n, H) of the weight; of any token for a label outside the vocabulary."""
         assert self.labels is not None
-        return take(self.weight, self.labels.clamp(0, self.weight.shape[0] - 1))
+        return take(self.weight, self.labels[rows].clamp(0, self.weight.shape[0] - 1))
 
     def add_weight_of_labels_(self, total: Tensor, coefficients: Tensor) -> None:
         """Add those rows, times (n,), to ``total`` (n, H); nothing for a label below 0."""
         assert self.labels is not None
-        coefficients = coefficients.masked_fill(self.labels < 0, 0)
-        total.addcmul_(self.weight_of_labels(), coefficients.unsqueeze(1))
+        coefficients = coefficients.masked_fill(self.labels < 0, 0).unsqueeze(1)
+        for rows in blocks(0, len(total), LABELS_AT_ONCE):
+            total[rows].addcmul_(self.weight_of_labels(rows), coefficients[rows])
 
     def grid_by_columns(self, like: Tensor) -> Tiling:
         """The tiles of these logits for the head's gradient, and for what is kept for it."""

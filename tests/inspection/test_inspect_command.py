@@ -91,7 +91,7 @@ def test_help_names_every_option(run):
         (("--teacher", "teacher"), "dataset: expected --dataset"),
         (("--values", "v.parquet", "--dataset", "d"), "dataset: expected none with --values"),
         (("--values", "v.parquet", "--reference", "d"), "reference: expected none with --values"),
-        (("--values", "v.parquet", "--max-length", "9"), "max_length: expected none"),
+        (("--values", "v.parquet", "--max-length", "9"), "--max-length: expected none"),
         (("--values", "v.parquet", "--split", "test"), "split: expected none with --values"),
         ((*TEACHER, "--output", "report.pdf"), "output: expected a file name that ends in .html"),
         ((*TEACHER, "--pairs", "1"), "pairs: expected a number of pairs, at least 2"),

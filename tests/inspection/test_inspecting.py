@@ -113,7 +113,7 @@ def test_several_files_of_the_same_rows(tmp_path):
     assert [one.name for one in found.measures] == ["value", "max, gamma=0.9"]
     assert [pair.row for pair in found.pairs] == [0, 2, 4]
     for wrong, message in [
-        ([files[0], files[2]], "made with other settings: rows_digest"),
+        ([files[0], files[2]], "made with other settings: other rows"),
         ([files[0], files[0]], "files of different potentials or settings"),
         ([files[3]], "--per-token"),
         ([], "at least one file"),

@@ -128,7 +128,7 @@ def test_a_file_says_what_it_was_made_with(teacher, student, tmp_path):
     loaded = load_shaping(output, temperature=2.0).map(lambda row: {"x": 1}).shuffle(seed=0)
     note = note_of(loaded, "rejected_teacher_entropies")
     assert note == {name: settings[name] for name in note} and note["temperature"] == 2
-    with pytest.raises(ValueError, match="other settings: .*student_head_digest"):
+    with pytest.raises(ValueError, match="other settings: .*another student's head"):
         other = tiny_model(TOKENIZER, seed=2)
         add_kd_cache(rows(), teacher, TOKENIZER, output, student=other, temperature=2.0)
     with pytest.raises(ValueError, match="other settings: .*top_k is None, not 4"):

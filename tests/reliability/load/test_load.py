@@ -69,5 +69,5 @@ def test_compilations_are_seen(monkeypatch):
 
     monkeypatch.setitem(every_function.TRAINED, "linear_logps", specialised)
     few = FEW | {"compiled": ["linear_logps"]}
-    with pytest.raises(AssertionError, match=r"graphs: \d after the warm-up, \d at the end"):
+    with pytest.raises(AssertionError, match=r"graphs: \d+ after the warm-up, \d+ at the end"):
         load(9, names=["sequence_rewards"], **few)
