@@ -69,7 +69,10 @@ def main(folder: Path) -> None:
         for steps in (1, 2):  # of gradient accumulation
             size = PAIRS_A_STEP // state.num_processes // steps
             found = make(
-                folder, per_device_train_batch_size=size, gradient_accumulation_steps=steps
+                folder,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=steps,
+                adam_epsilon=1e-2,  # else Adam makes steps of gradients that are roundings
             )
             logged = history(found)
             if state.num_processes > 1:
