@@ -18,10 +18,10 @@ TESTS = ("test/chunked_loss",)
 REACHES = r"chunked_loss/test_"
 NO_SUCH_LOSS = "fastpref has no such loss: {}"
 WITHOUT = {
+    r"test_grpo_loss": NO_SUCH_LOSS.format("GRPO"),
     r"_loss_types\[|dpo_loss\.py::test_(invalid_loss_type|label_smoothing_validation)": (
         NO_SUCH_LOSS.format("types of DPO's but the sigmoid")
     ),
-    r"test_grpo_loss": NO_SUCH_LOSS.format("GRPO"),
     r"test_cosine_loss": NO_SUCH_LOSS.format("cosine similarity of hidden states"),
 }
 

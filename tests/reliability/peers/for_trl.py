@@ -34,16 +34,16 @@ WITHOUT = {
 }
 EXPLAINED = {
     r"test_backward_bfloat16": (
-        "theirs: a reference whose logits are rounded to bfloat16, which is as far from float64 as "
-        "the tolerance; ours is 3 to 5 times nearer"
+        "theirs: the test compares with a reference whose logits are rounded to bfloat16; its "
+        "error against float64 is above the test's tolerance, and 3 to 7 times fastpref's"
     ),
     r"SelectiveLogSoftmax.*dtype[23]": (
-        "theirs: equal to the bit to a log-softmax that rounds twice; ours is the float64 result, "
-        "rounded once"
+        "theirs: the test wants the bits of a log-softmax that rounds twice; fastpref returns the "
+        "float64 result, rounded once"
     ),
     r"JSD.*test_symmetry": (
-        "equal to the bit with both sides exchanged; ours is so up to 1e-6, and nearer to float64 "
-        "than theirs"
+        "the test wants the same bits with both sides exchanged; fastpref's differ by up to 1e-6, "
+        "and are nearer to float64 than theirs"
     ),
 }
 ON_CPU = r"ChunkedLMHead::test_dummy"
