@@ -97,7 +97,8 @@ def _is_file(path: Path, source: str) -> bool:
     if path.is_dir():
         return False
     elsewhere = path.is_absolute() or source.startswith((".", "~")) or len(path.parts) > 2
-    return path.exists() or elsewhere or path.suffix in _READERS
+    named = "/" not in source and path.suffix[1:].isalpha()
+    return path.exists() or elsewhere or named or path.suffix in _READERS
 
 
 def _check_no_split(split: str, what: str) -> None:

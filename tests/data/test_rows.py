@@ -125,7 +125,7 @@ def test_csv(tmp_path):
             read_rows(str(file))
 
 
-@pytest.mark.parametrize("name", ["pairs.csv", "/nowhere/pairs", "./pairs", "a/b/c"])
+@pytest.mark.parametrize("name", ["pairs.txt", "a/pairs.csv", "/nowhere/pairs", "./pairs", "a/b/c"])
 def test_a_file_that_is_missing_is_not_looked_for_elsewhere(name):
     with pytest.raises(ValueError, match="dataset: expected a file that exists"):
         read_rows(name)
