@@ -121,7 +121,7 @@ def test_several_files_of_the_same_rows(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             inspect_values(wrong, TOKENIZER)
-    with pytest.raises(ValueError, match="tokenizer_digest"):
+    with pytest.raises(ValueError, match="another tokenizer"):
         inspect_values(files[0], tiny_tokenizer(20))
 
 
