@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +11,13 @@ from fastpref import __version__
 from fastpref.checks import refuse
 from fastpref.data import read_rows
 from fastpref.extras import require_extra
-from fastpref.inspection import Inspection, inspect_teacher, inspect_values, write_page
+from fastpref.inspection import inspect_teacher, inspect_values, write_page
 from fastpref.inspection.inspecting import check_inspection
 from fastpref.inspection.page import check_page
-from fastpref.inspection.verdicts import kind_of, shortly
 from fastpref.models import load_reward_head
 from fastpref.teacher import add_kd_cache, add_rewards, add_shaping, load_teacher
 from fastpref.teacher.kd_cache import check_kd_options
-from fastpref.teacher.model import Dtype, load_model, load_student, load_tokenizer, this_process
+from fastpref.teacher.model import Dtype, load_model, load_student, load_tokenizer
 from fastpref.teacher.precompute import check_run
 from fastpref.teacher.shaping import Form, Potential, Terminal
 from fastpref.teacher.shaping_columns import (
@@ -28,11 +25,13 @@ from fastpref.teacher.shaping_columns import (
     check_other_model,
     check_shaping_options,
 )
-from fastpref.teacher.store import FinishedBatches, read_settings
+from fastpref.teacher.store import read_settings
 
 try:
     require_extra("teacher", "the command", "accelerate", "datasets", "transformers", "typer")
     import typer
+
+    from fastpref.screen import be_quiet, precomputing, print_verdicts
 except ImportError as error:
     sys.exit(f"fastpref: {error}")
 
@@ -136,7 +135,7 @@ def values(
     check_other_model(options, teacher, reference)
     rows = read_rows(dataset, split)
     loading: Any = {"dtype": dtype, "device_map": device_map}
-    with _precomputing(output) as report:
+    with precomputing(output) as report:
         model, tokenizer = load_teacher(teacher, **loading)
         other, theirs = load_model("reference", reference, **loading) if reference else (None, None)
         report(
@@ -180,7 +179,7 @@ def rewards(
     """
     check_run(output, max_length, batch_size)
     rows = read_rows(dataset, split)
-    with _precomputing(output) as report:
+    with precomputing(output) as report:
         model, tokenizer = load_model("oracle", oracle, dtype=dtype, device_map=device_map)
         load_reward_head(model, oracle)
         report(
@@ -237,7 +236,7 @@ def kd_cache(
     check_run(output, max_length, batch_size)
     check_kd_options(top_k, temperature)
     rows = read_rows(dataset, split)
-    with _precomputing(output) as report:
+    with precomputing(output) as report:
         tokenizer = load_tokenizer("student", student)
         model, teacher_tokenizer = load_teacher(teacher, dtype=dtype, device_map=device_map)
         report(
@@ -256,6 +255,17 @@ def kd_cache(
                 skip_bad_rows=skip_bad_rows,
             )
         )
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(context: typer.Context) -> None:
+    """Train a student by any of the methods, as trl dpo does: with YAML and TRL's own options."""
+    from fastpref.integrations.trl.command import run
+
+    run(context.args)
 
 
 @app.command()
@@ -315,7 +325,7 @@ def inspect(
         "max_length": max_length,
     }
     _check_source(teacher, dataset, values, beside_values)
-    _be_quiet()
+    be_quiet()
     placed: Any = {"dtype": dtype, "device_map": device_map}
     options: dict[str, Any] = {
         "beta": beta,
@@ -338,7 +348,7 @@ def inspect(
         options["max_length"] = max_length
         found = inspect_teacher(rows, *load_teacher(teacher, **placed), **options)
     write_page(found, output)
-    _print_verdicts(found)
+    print_verdicts(found)
     typer.echo(f"{output}: the numbers, plots and {len(found.pairs)} pairs")
 
 
@@ -359,55 +369,6 @@ def _check_source(
                 refuse(name, f"--{name} (or --values with a file)", "none")
 
 
-def _print_verdicts(found: Inspection) -> None:
-    """A table of the shares, and below it the verdicts in sentences."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("signal", "chosen first", "length regressed out", "verdict")
-    for one in found.measures:
-        shares = map(shortly, (one.ranked_first, one.without_length))
-        table.add_row(one.name, *shares, kind_of(one))
-    console = Console(markup=False, highlight=False)
-    console.print(table, *found.verdicts, sep="\n")
-
-
-def _be_quiet() -> None:
-    """Keep what libraries say and draw off the screen; errors are raised all the same."""
-    import datasets
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-@contextmanager
-def _precomputing(output: Path) -> Iterator[Callable[[Any], None]]:
-    """Say what was written, that nothing was left to do, or how to go on after Ctrl-C."""
-    _be_quiet()
-    finished = output.exists()
-
-    def report(dataset: Any) -> None:
-        if not this_process().is_main_process:
-            return
-        settings = read_settings(output)
-        was = "was finished already, nothing was left to do: " if finished else ""
-        columns = ", ".join(settings["columns"])
-        typer.echo(f"{output}: {was}{len(dataset)} pairs with {columns}")
-        if skipped := settings["skipped_rows"]:
-            typer.echo(f"left out {len(skipped)} rows: {', '.join(map(str, skipped))}", err=True)
-
-    try:
-        yield report
-    except KeyboardInterrupt:
-        if this_process().is_main_process:
-            done = len(FinishedBatches(output).places())
-            typer.echo(f"stopped with {done} pairs done: the same command goes on", err=True)
-        raise typer.Exit(130) from None  # as shells count Ctrl-C
-
-
 def _option(name: re.Match[str]) -> str:
     return "--" + name[1].replace("_", "-")
 
@@ -417,7 +378,7 @@ def _as_typed(message: str) -> str:
     group: Any = typer.main.get_command(app)
     names = {one.name for command in group.commands.values() for one in command.params}
     longer = "|".join(name for name in names if "_" in name)
-    message = re.sub(rf"\b({longer})\b", _option, message)
+    message = re.sub(rf"(?<![-\w])({longer})\b", _option, message)
     return re.sub(rf"^({'|'.join(names)}):", lambda found: f"{_option(found)}:", message)
 
 

@@ -117,7 +117,11 @@ MAY_IMPORT = {
         *("ops", "responses", "sequences", "teacher"),
     ),
     "inspection": ("checks", "data", "extras", "models", "ops", "sequences", "teacher"),
-    "cli": ("__version__", "checks", "data", "extras", "inspection", "models", "teacher"),
+    "cli": (
+        *("__version__", "checks", "data", "extras", "inspection", "integrations.trl.command"),
+        *("models", "screen", "teacher"),
+    ),
+    "screen": ("inspection", "teacher"),
     "__main__": ("cli",),
     "__init__": (
         *("data", "linear_losses", "losses", "ops"),

@@ -108,22 +108,23 @@ def _help(name: str, function: Callable[..., Any]) -> str:
     return f"{text} If not set: {_options(function)[name].default}."
 
 
-def _choices(annotation: Any) -> tuple[str, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+def texts_of(name: str) -> dict[str, list[str]]:
+    """What an option is, and the methods in which it is that."""
+    texts: dict[str, list[str]] = {}
+    for method in METHODS:
+        for function in _sources(method):
+            if name in _options(function):
+                texts.setdefault(_help(name, function), []).append(method)
+    return texts
 
 
 def _field(name: str) -> tuple[str, Any, Any]:
     """An option of one method or of several, as a field that is None where it is not set."""
-    owners: dict[str, list[str]] = {}  # methods by help text
-    annotations = []
-    for method in METHODS:
-        for function in _sources(method):
-            if name in _options(function):
-                owners.setdefault(_help(name, function), []).append(method)
-                annotations.append(_options(function)[name].annotation)
-    texts = (f"[{', '.join(methods)}] {text}" for text, methods in owners.items())
+    annotations = [options[name].annotation for options in OPTIONS.values() if name in options]
+    texts = (f"[{', '.join(methods)}] {text}" for text, methods in texts_of(name).items())
     metadata: dict[str, Any] = {"help": " ".join(texts).replace("%", "%%")}
-    choices = dict.fromkeys(choice for one in annotations for choice in _choices(one))
+    literals = [one for one in annotations if get_origin(one) is Literal]
+    choices = dict.fromkeys(choice for one in literals for choice in get_args(one))
     kind = str if choices else next(iter(get_args(annotations[0])), annotations[0])
     if choices:
         metadata["choices"] = list(choices)
