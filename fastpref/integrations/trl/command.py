@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset, load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.scripts.utils import ScriptArguments, TrlParser
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from fastpref.checks import check_choice, refuse
 from fastpref.data import read_rows
@@ -57,7 +59,7 @@ class OtherModels:
 _CLASSES: Any = (ScriptArguments, PreferenceConfig, ModelConfig, OtherModels)
 
 
-class _Parser(TrlParser):  # type: ignore[misc]  # untyped
+class _Parser(TrlParser):
     """TrlParser that raises what is wrong, instead of printing 200 lines of usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -124,7 +126,7 @@ def _trainer(script: Any, args: PreferenceConfig, model: Any, others: OtherModel
         if given is None:
             refuse(name, "a name on the Hub, or where it is here", "none")
     if script.ignore_bias_buffers:
-        refuse("ignore_bias_buffers", False, True)
+        refuse("ignore_bias_buffers", "False", True)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -132,8 +134,7 @@ def _trainer(script: Any, args: PreferenceConfig, model: Any, others: OtherModel
         "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
-    is_one = isinstance(args.method, str)
-    trainer = TRAINERS.get(args.method, PreferenceTrainer) if is_one else PreferenceTrainer
+    trainer = TRAINERS.get("+".join(args.methods), PreferenceTrainer)
     return trainer(
         model.model_name_or_path,
         args=args,
@@ -158,7 +159,10 @@ def _rows(script: Any, split: str) -> Any:
     defects = [BadRow(index, row_defect(row) or "") for index, row in enumerate(rows)]
     if bad := [one for one in defects if one.reason]:
         raise BadRowsError(bad, "dataset", advice="")
-    return Dataset.from_list(rows)
+    try:
+        return Dataset.from_list(rows)
+    except TypeError as error:
+        raise ValueError(f"dataset: expected one type in each column ({error})") from error
 
 
 def _eval_rows(script: Any) -> Any:
@@ -170,7 +174,7 @@ def _eval_rows(script: Any) -> Any:
 
 def _as_typed(message: str) -> str:
     """A message that begins with the option as it is typed."""
-    names = {one.name for cls in _CLASSES for one in fields(cls)}
+    names = {"config", *(one.name for cls in _CLASSES for one in fields(cls))}
 
     def option(found: re.Match[str]) -> str:
         name = TYPED.get(found[1], found[1])

@@ -9,7 +9,8 @@ from dataclasses import MISSING, Field, fields
 from functools import partial
 from typing import Any
 
-from trl import ModelConfig, ScriptArguments
+from trl.scripts.utils import ScriptArguments
+from trl.trainer.model_config import ModelConfig
 
 from fastpref.integrations.trl.config import (
     ALL_OPTIONS,

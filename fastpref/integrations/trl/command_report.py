@@ -49,6 +49,8 @@ def plot(measures: dict[str, Points], file: Path) -> None:
             if points := measures.get(prefix + name):
                 axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set(xlabel="step", title=name)
+        if name == "rewards/accuracies":
+            axes.set_ylim(-0.05, 1.05)  # a share
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -332,7 +332,7 @@ class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made abo
 
     def _settle_methods(self) -> None:
         """Refuse methods that there are not, and weights that are not theirs."""
-        if not isinstance(self.method, str) and len(self.method) == 1:
+        if self.method and not isinstance(self.method, str) and len(self.method) == 1:
             (self.method,) = self.method  # as a command line has it
         names = [self.method] if isinstance(self.method, str) else self.method
         if not names or len(set(names)) < len(names):

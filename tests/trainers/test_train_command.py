@@ -1,0 +1,178 @@
+"""``fastpref train``: TRL's options and ours, a trained model, a table, a plot."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tiny_models import rows, tiny_model
+from training import TOKENIZER
+from transformers import AutoModelForCausalLM
+
+from fastpref.cli import main
+from fastpref.integrations.trl import command, command_report
+
+PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
+(YAML,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+COMMANDS = re.findall(r"^fastpref (train .*)$", PAGE, flags=re.MULTILINE)
+STUDENT, TEACHER = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
+SMALL = shlex.split(
+    "--use_cpu --bf16 false --max_steps 2 --logging_steps 1 --per_device_train_batch_size 2 "
+    "--report_to none --disable_tqdm true --save_strategy no --learning_rate 1e-3"
+)
+SIMPO = shlex.split(f"train --method simpo --model_name_or_path {STUDENT} --output_dir out")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    for seed, name in enumerate((STUDENT, TEACHER)):
+        tiny_model(TOKENIZER, seed=seed).save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    lines = "\n".join(map(json.dumps, rows()))
+    (tmp_path / "pairs.jsonl").write_text(lines, "utf-8")
+    (tmp_path / "both").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "both" / f"{split}.jsonl").write_text(lines, "utf-8")
+    (tmp_path / "run.yaml").write_text(YAML, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+    def typed(*arguments: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().out
+
+    return typed
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """The trainers that commands made."""
+    made: list = []
+    make = command._trainer
+    monkeypatch.setattr(command, "_trainer", lambda *one: made.append(make(*one)) or made[-1])
+    return made
+
+
+def test_the_page(run, trainers):
+    for line, folder in zip(COMMANDS[:2], ("student-tvkd", "student-mixed"), strict=True):
+        code, out = run(*shlex.split(line), *SMALL)
+        assert code == 0
+        assert f"{folder}: the model" in out
+        saved = AutoModelForCausalLM.from_pretrained(folder)
+        before = AutoModelForCausalLM.from_pretrained(STUDENT)
+        assert not saved.lm_head.weight.equal(before.lm_head.weight)
+        assert Path(folder, "training.png").is_file() == bool(find_spec("matplotlib"))
+        logged = [row for row in trainers[-1].state.log_history if "loss" in row]
+        assert [row["step"] for row in logged] == [1, 2]
+        first, last = (f"{row['loss']:.4g}" for row in logged)
+        assert re.search(rf"loss +│ {first} +│ {last} +│ 1 to 2", out)
+    tvkd, mixed = (one.args for one in trainers)
+    assert [type(one).__name__ for one in trainers] == ["TVKDTrainer", "PreferenceTrainer"]
+    assert (tvkd.methods, tvkd.alpha, tvkd.beta) == ({"tvkd": 1.0}, 0.7, 0.01)
+    assert tvkd.learning_rate == 1e-3  # the command line comes before the file
+    assert mixed.methods == {"tvkd": 1.0, "sft": 0.1}
+    assert any("shaping/chosen" in row for row in trainers[0].state.log_history)
+
+
+def test_drdo_in_two_stages_with_lora_and_evaluation(run, trainers):
+    both = ["--model_name_or_path", STUDENT, "--dataset_name", "both", *SMALL]
+    assert run("train", "--method", "oracle", "--output_dir", "oracle", *both)[0] == 0
+    options = "--oracle_model_name_or_path oracle --use_peft --eval_strategy steps --eval_steps 1"
+    code, out = run(
+        *("train", "--method", "drdo", "--output_dir", "student"), *shlex.split(options), *both
+    )
+    assert code == 0 and re.search(r"eval_rewards/margins +│.*│ 1 to 2", out)
+    assert [type(one).__name__ for one in trainers] == ["OracleTrainer", "DRDOTrainer"]
+    assert Path("student/adapter_model.safetensors").is_file()
+    assert Path("student/reward_head.safetensors").is_file()
+
+
+def test_help_has_our_options_first(run):
+    code, out = run("train", "--help")
+    assert code == 0 and len(out.splitlines()) < 200
+    titles = ["method and what it reads", "model and adapters", "trainer, the most used"]
+    places = [out.index(f"\n{title}:") for title in titles]
+    assert places == sorted(places)
+    ours, model, trainers = out[: places[1]], out[places[1] : places[2]], out[places[2] :]
+    for name in ("alpha", "teacher_model_name_or_path", "oracle_model_name_or_path"):
+        assert f"--{name} " in ours
+    assert "--use_peft " in model and "--learning_rate " in trainers
+    assert "weight_decay" in trainers and "loss_type" not in out
+
+
+def test_help_of_a_method_has_its_options_only(run):
+    code, out = run(*shlex.split(COMMANDS[2]))
+    assert code == 0 and "--terminal " in out and "--jsd_beta " not in out
+    assert "In brackets" not in out
+
+
+def test_what_was_not_logged_is_not_in_the_table(capsys, tmp_path, monkeypatch):
+    history = [
+        {"step": 1, "loss": 2.0, "rewards/margins": 0.25},
+        {"step": 2, "eval_loss": 1.5},
+        {"step": 3, "loss": 1.0, "rewards/margins": 0.5},
+        {"step": 3, "train_loss": 1.5},
+    ]
+    monkeypatch.setattr(command_report, "find_spec", lambda _: None)
+    command_report.report(history, tmp_path)
+    out = re.sub(" +", " ", capsys.readouterr().out)
+    assert "│ loss │ 2 │ 1 │ 1 to 3 │" in out and "│ eval_loss │ 1.5 │ 1.5 │ 2 to 2 │" in out
+    assert "accuracies" not in out and "png" not in out
+    command_report.report([], tmp_path)
+    assert "nothing was logged" in capsys.readouterr().out
+
+
+ERRORS = {
+    "no model": ("--model_name_or_path nowhere/at/all", "nowhere/at/all"),
+    "no dataset": ("--dataset_name nowhere.jsonl", "--dataset_name: expected a file that exists"),
+    "no split": ("--dataset_train_split x", "--dataset_train_split: expected none"),
+    "a file has one split": ("--eval_strategy steps --eval_steps 1", "--eval_strategy: expected"),
+    "unknown method": ("--method x", "argument --method: invalid choice"),
+    "unknown option": ("--betta 1", "--betta"),
+    "no number": ("--beta x", "argument --beta: invalid float value"),
+    "out of range": ("--beta -1", "--beta: expected"),
+    "of another method": ("--alpha 0.5", "--alpha: expected"),
+    "no teacher": ("--method vanilla_kd", "--teacher_model_name_or_path: expected a model"),
+    "a teacher too many": (
+        f"--teacher_model_name_or_path {TEACHER}",
+        "--teacher_model_name_or_path: expected None",
+    ),
+    "a bad row": ("--dataset_name bad.jsonl", "--dataset_name: 1 bad row: row 7: chosen must be"),
+    "a mixed column": ("--dataset_name mixed.jsonl", "--dataset_name: expected one type"),
+    "no rows": ("--dataset_name empty.jsonl", "--dataset_name: expected rows"),
+    "no file": ("--config nowhere.yaml", "nowhere.yaml"),
+    "no YAML": ("--config bad.yaml", "--config: expected a YAML file"),
+    "nothing": ("--config", "--config: expected a YAML file"),
+    "debug": ("--ignore_bias_buffers", "--ignore_bias_buffers: expected False"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line(run, name):
+    options, message = ERRORS[name]
+    lines = Path("pairs.jsonl").read_text("utf-8")
+    bad = '{"prompt": "x", "chosen": 5, "rejected": "y"}'
+    Path("bad.jsonl").write_text(f"{lines}\n{bad}", "utf-8")
+    mixed = [json.dumps({**row, "note": note}) for row, note in zip(rows(2), "a1", strict=True)]
+    Path("mixed.jsonl").write_text("\n".join(mixed).replace('"1"', "1"), "utf-8")
+    Path("empty.jsonl").touch()
+    Path("bad.yaml").write_text("a: [", "utf-8")
+    code, _ = run(*SIMPO, *SMALL, "--dataset_name", "pairs.jsonl", *shlex.split(options))
+    assert isinstance(code, str)  # which Python prints, with exit code 1
+    assert code.startswith("fastpref: ") and message in code and "\n" not in code
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_name", "method"])
+def test_what_has_to_be_named(run, missing):
+    given = {"method": "simpo", "model_name_or_path": STUDENT, "dataset_name": "pairs.jsonl"}
+    del given[missing]
+    options = [word for name, value in given.items() for word in (f"--{name}", value)]
+    code, _ = run("train", "--output_dir", "out", *SMALL, *options)
+    assert str(code).startswith(f"fastpref: --{missing}: expected a ")
