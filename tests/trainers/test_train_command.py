@@ -81,7 +81,8 @@ def test_the_page(run, trainers):
     assert any("shaping/chosen" in row for row in trainers[0].state.log_history)
 
 
-def test_drdo_in_two_stages_with_lora_and_evaluation(run, trainers):
+def test_drdo_in_two_stages_with_lora_and_evaluation(run, trainers, monkeypatch):
+    monkeypatch.setattr(command_report, "find_spec", lambda _: None)  # without a plot
     both = ["--model_name_or_path", STUDENT, "--dataset_name", "both", *SMALL]
     assert run("train", "--method", "oracle", "--output_dir", "oracle", *both)[0] == 0
     options = "--oracle_model_name_or_path oracle --use_peft --eval_strategy steps --eval_steps 1"

@@ -153,7 +153,9 @@ def _rows(script: Any, split: str) -> Any:
     if script.dataset_config or script.dataset_streaming:
         streaming = script.dataset_streaming
         return load_dataset(name, script.dataset_config, split=split, streaming=streaming)
-    rows = read_rows(name, split)
+    rows: Any = read_rows(name, split)
+    if not len(rows):
+        refuse("dataset", "rows", "none")
     if not isinstance(rows, list):
         return rows
     defects = [BadRow(index, row_defect(row) or "") for index, row in enumerate(rows)]
