@@ -131,11 +131,15 @@ def test_what_was_not_logged_is_not_in_the_table(capsys, tmp_path, monkeypatch):
 
 
 ERRORS = {
-    "no model": ("--model_name_or_path nowhere/at/all", "nowhere/at/all"),
+    "no model": (
+        "--model_name_or_path nowhere/at/all",
+        "--model_name_or_path: expected a model folder or a name on the Hub, got nowhere/at/all",
+    ),
     "no dataset": ("--dataset_name nowhere.jsonl", "--dataset_name: expected a file that exists"),
     "no split": ("--dataset_train_split x", "--dataset_train_split: expected none"),
     "a file has one split": ("--eval_strategy steps --eval_steps 1", "--eval_strategy: expected"),
     "unknown method": ("--method x", "argument --method: invalid choice"),
+    "help of no method": ("--help --method x", "--method: expected 'adpa' or"),
     "unknown option": ("--betta 1", "--betta"),
     "no number": ("--beta x", "argument --beta: invalid float value"),
     "out of range": ("--beta -1", "--beta: expected"),

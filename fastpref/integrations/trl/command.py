@@ -81,10 +81,10 @@ def run(arguments: list[str]) -> None:
         usage: fastpref train --method METHOD [--config FILE] [--OPTION VALUE ...]
         ...
     """
-    if {"-h", "--help"} & {*arguments}:
-        print(help_page(fields(OtherModels), _methods(arguments)))
-        return
     try:
+        if {"-h", "--help"} & {*arguments}:
+            print(help_page(fields(OtherModels), _methods(arguments)))
+            return
         trainer = _trainer(*_parse(arguments))
     except ValueError as error:
         raise ValueError(_as_typed(str(error))) from error
@@ -125,6 +125,10 @@ def _trainer(script: Any, args: PreferenceConfig, model: Any, others: OtherModel
     ):
         if given is None:
             refuse(name, "a name on the Hub, or where it is here", "none")
+    student = model.model_name_or_path
+    is_path = student.startswith((".", "~", "/")) or student.count("/") > 1
+    if is_path and not Path(student).is_dir():  # transformers would say that it is no name
+        refuse("model_name_or_path", "a model folder or a name on the Hub", student)
     if script.ignore_bias_buffers:
         refuse("ignore_bias_buffers", "False", True)
     args.model_init_kwargs = {
@@ -136,7 +140,7 @@ def _trainer(script: Any, args: PreferenceConfig, model: Any, others: OtherModel
     }
     trainer = TRAINERS.get("+".join(args.methods), PreferenceTrainer)
     return trainer(
-        model.model_name_or_path,
+        student,
         args=args,
         teacher_ref_model=others.teacher_ref_model_name_or_path,
         oracle_model=others.oracle_model_name_or_path,
