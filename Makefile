@@ -2,9 +2,9 @@
 # make check-install: the wheel in clean environments, a few minutes.
 # make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
-# make load: 20 000 random steps in one process, ten minutes.
+# make load: 20 000 random steps in one process, five minutes.
 # make peer-tests TRL=<checkout> LIGER=<checkout> CCE=<checkout>: their tests of our functions.
-# make errors: rounding errors beside other libraries, ten minutes.
+# make errors: rounding errors beside other libraries, six minutes.
 # make mutation: changes the code in small ways, and shows what no test notices; an hour or more.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
