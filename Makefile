@@ -1,6 +1,6 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make check-install: the wheel in clean environments, a few minutes.
-# make faults: kills and full disks, half an hour.  make audit: known vulnerabilities; needs network.
+# make faults: kills and full disks, ten minutes.  make audit: known vulnerabilities; needs network.
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
 # make load: 20 000 random steps in one process, five minutes.
 # make peer-tests TRL=<checkout> LIGER=<checkout> CCE=<checkout>: their tests of our functions.
