@@ -6,7 +6,16 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor
@@ -15,7 +24,7 @@ INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def refuse(name: str, expected: str, got: object) -> None:
+def refuse(name: str, expected: str, got: object) -> NoReturn:
     """Raise the ``ValueError`` that every check raises."""
     raise ValueError(f"{name}: expected {expected}, got {got}")
 

@@ -60,5 +60,6 @@ def precomputing(output: Path) -> Iterator[Callable[[Any], None]]:
     except KeyboardInterrupt:
         if this_process().is_main_process:
             done = len(FinishedBatches(output).places())
-            typer.echo(f"stopped with {done} pairs done: the same command goes on", err=True)
+            advice = "the same command continues from there"
+            typer.echo(f"stopped with {done} pairs done: {advice}", err=True)
         raise typer.Exit(130) from None  # as shells count Ctrl-C

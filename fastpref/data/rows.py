@@ -87,7 +87,7 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
                 refuse("split", f"one of {', '.join(saved)}", repr(split))
             saved = saved[split]
         else:
-            _check_no_split(split, "a saved dataset of one split")
+            _check_no_split(split, "this saved dataset")
         return saved  # type: ignore[no-any-return]  # untyped
     return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]  # untyped
 
@@ -104,7 +104,7 @@ def _is_file(path: Path, source: str) -> bool:
 def _check_no_split(split: str, what: str) -> None:
     """Refuse a split of something that has only one."""
     if split != "train":
-        refuse("split", f'none, or "train", of {what}', repr(split))
+        refuse("split", f'"train", since {what} has no other', repr(split))
 
 
 def read_parquet(file: Path) -> datasets.Dataset:
@@ -202,7 +202,7 @@ def _read_csv(path: Path) -> list[Any]:
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():
                 width = len(reader.fieldnames or ())
-                raise ValueError(f"row {number} has not {width} fields, as the first line has")
+                raise ValueError(f"row {number} has other than {width} fields")
     return rows
 
 

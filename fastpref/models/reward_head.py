@@ -96,7 +96,6 @@ def load_reward_head(model: Any, folder: str | Path) -> None:
             f"a folder with {FILE}, as OracleTrainer and DRDOTrainer save it",
             f"{str(folder)!r} without",
         )
-    assert file is not None
     if file.name == FILE:
         (weight,) = load_tensors(file).values()
     else:

@@ -284,7 +284,7 @@ def _write(
                         found.setdefault(f"{name}_{ending}", []).append(value)
         return found
 
-    step = BYTES_AT_ONCE // finished.bytes_per_pair()
+    step = BYTES_AT_ONCE // finished.bytes_per_pair(places)
     features = {f"{name}_{ending}": job.features[ending] for name in job.sides
                 for ending in job.features}  # fmt: skip
     write_dataset(

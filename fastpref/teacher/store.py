@@ -103,9 +103,9 @@ class FinishedBatches:
         with opened_tensors(self._file(number)) as found:
             yield found
 
-    def bytes_per_pair(self) -> int:
+    def bytes_per_pair(self, places: Mapping[int, Place]) -> int:
         """Of the batch that takes most."""
-        pairs = {place.batch: place.pairs for place in self.places().values()}
+        pairs = {place.batch: place.pairs for place in places.values()}
         sizes = (self._file(batch).stat().st_size // count for batch, count in pairs.items())
         return max(sizes)
 

@@ -84,7 +84,7 @@ def test_stopped_it_says_how_to_go_on(run, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", stopping)
     code, out, err = run(*VALUES, "--batch-size", "3")
     assert (code, out) == (130, "")
-    assert err.endswith("stopped with 3 pairs done: the same command goes on\n")
+    assert err.endswith("stopped with 3 pairs done: the same command continues from there\n")
     code, _, err = run(*VALUES, "--batch-size", "1")
     assert (code, len(calls)) == (0, 2 + 4) and "43%" in err
 
@@ -114,7 +114,7 @@ ERRORS = {
         ["--dataset", "pairs.txt"],
         "a file that ends in .jsonl, .json, .csv, .parquet",
     ),
-    "a split of a file": (["--split", "test"], "--split: expected none, or "),
+    "a split of a file": (["--split", "test"], '--split: expected "train", since a file has no'),
     "output of another kind": (["--output", "out.csv"], "output: expected"),
     "a bad row": (["--max-length", "5"], "the prompt alone has 8 tokens, --max-length is 5; row 1"),
     "gamma": (["--gamma", "-1"], "--gamma: expected"),

@@ -136,7 +136,10 @@ ERRORS = {
         "--model_name_or_path: expected a model folder or a name on the Hub, got nowhere/at/all",
     ),
     "no dataset": ("--dataset_name nowhere.jsonl", "--dataset_name: expected a file that exists"),
-    "no split": ("--dataset_train_split x", "--dataset_train_split: expected none"),
+    "no split": (
+        "--dataset_train_split x",
+        '--dataset_train_split: expected "train", since a file',
+    ),
     "a file has one split": ("--eval_strategy steps --eval_steps 1", "--eval_strategy: expected"),
     "unknown method": ("--method x", "argument --method: invalid choice"),
     "help of no method": ("--help --method x", "--method: expected 'adpa' or"),

@@ -12,9 +12,9 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-import launches  # noqa: E402  Triton is there
-from forked import exit_code  # noqa: E402
-from planted import _read_beyond_kernel  # noqa: E402
+import launches  # noqa: E402  # skipped without Triton
+from forked import exit_code  # noqa: E402  # skipped without Triton
+from planted import _read_beyond_kernel  # noqa: E402  # skipped without Triton
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of NumPy, for which inf is unusual

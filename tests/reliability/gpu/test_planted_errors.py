@@ -8,9 +8,9 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("needs the compiler: TRITON_INTERPRET is on", allow_module_level=True)
 
-import planted  # noqa: E402  Triton is there
-import torch  # noqa: E402
-from instructions import HOPPER, Launch, compile_launch  # noqa: E402
+import planted  # noqa: E402  # skipped without Triton
+import torch  # noqa: E402  # skipped without Triton
+from instructions import HOPPER, Launch, compile_launch  # noqa: E402  # skipped without Triton
 
 
 @pytest.mark.parametrize(
