@@ -40,8 +40,8 @@ def tvkd_loss(
     .. math:: L = -\log \sigma(m_w - m_l), \qquad
               m = \beta \sum_t \log \pi_\theta(a_t | s_t) - \alpha \sum_t \psi(s_t, a_t)
 
-    TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025): `fastpref.losses.tvkd` of
-    `linear_logps`, summed by `sum_responses`.
+    `TVKD <https://arxiv.org/abs/2509.16965>`_ (Teacher Value-based Knowledge Distillation, NeurIPS
+    2025): `fastpref.losses.tvkd` of `linear_logps`, summed by `sum_responses`.
 
     Args:
         hidden: (2B, T, H) the student's hidden states, chosen rows first, or packed (N, H);
@@ -118,8 +118,9 @@ def drdo_loss(
               - \alpha (1 - p_w)^\gamma \log \frac{\pi_\theta(y_w)}{1 - \pi_\theta(y_l)},
               \qquad p_w = \sigma(z_w - z_l), \quad z = \log \pi_\theta(y | x)
 
-    DRDO (Direct Reward Distillation and policy-Optimization), equation 7: `fastpref.losses.drdo`,
-    which says what its options mean, of `linear_logps`, summed by `sum_responses`.
+    `DRDO <https://arxiv.org/abs/2410.08458>`_ (Direct Reward Distillation and policy-Optimization),
+    equation 7: `fastpref.losses.drdo`, which says what its options mean, of `linear_logps`, summed
+    by `sum_responses`.
 
     Args:
         hidden: As in `tvkd_loss`, like the next two.

@@ -43,7 +43,8 @@ def drdo(
               - \alpha (1 - p_w)^\gamma \log \frac{\pi_\theta(y_w)}{1 - \pi_\theta(y_l)},
               \qquad p_w = \sigma(z_w - z_l), \quad z = \log \pi_\theta(y | x)
 
-    DRDO (Direct Reward Distillation and policy-Optimization), equation 7.
+    `DRDO <https://arxiv.org/abs/2410.08458>`_ (Direct Reward Distillation and policy-Optimization),
+    equation 7.
 
     ``length_normalize=False`` is the formula as written: with summed log-probabilities the
     probability of any real response is about 0 and :math:`p_w` is 0 or 1, so the term acts as a

@@ -28,8 +28,8 @@ def oracle(chosen: Responses, rewards: Tensor, *, sft_weight: NonNegative = 0.1)
 
     .. math:: L = -\log \sigma(r_w - r_l) - \frac{\lambda}{|y_w|} \log \pi(y_w)
 
-    DRDO (Direct Reward Distillation and policy-Optimization), equation 6, mean over pairs, with the
-    log-probability per token.
+    `DRDO <https://arxiv.org/abs/2410.08458>`_ (Direct Reward Distillation and policy-Optimization),
+    equation 6, mean over pairs, with the log-probability per token.
 
     Args:
         chosen: Sums over the B chosen responses, from `fastpref.sum_responses`.

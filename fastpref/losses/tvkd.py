@@ -26,8 +26,8 @@ def tvkd(
     .. math:: L = -\log \sigma(m_w - m_l), \qquad
               m = \beta \sum_t \log \pi_\theta(a_t | s_t) - \alpha \sum_t \psi(s_t, a_t)
 
-    TVKD (Teacher Value-based Knowledge Distillation, NeurIPS 2025). ``alpha=0`` is the
-    reference-free DPO loss, and with ``ref_logps`` DPO itself.
+    `TVKD <https://arxiv.org/abs/2509.16965>`_ (Teacher Value-based Knowledge Distillation, NeurIPS
+    2025). ``alpha=0`` is the reference-free DPO loss, and with ``ref_logps`` DPO itself.
 
     Args:
         responses: Sums over 2B responses, chosen ones first, from `fastpref.sum_responses`.

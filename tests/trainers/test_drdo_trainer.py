@@ -93,8 +93,8 @@ def test_both_stages(tmp_path):
     """The oracle's folder is the student's oracle; its rewards are those of the oracle itself."""
     first = oracle(tmp_path / "oracle", settings={"num_train_epochs": 4})
     logged = history(first)
-    assert {"loss/preference", "loss/nll", "rewards/margins"} <= set(logged[0])
-    assert logged[-2]["loss/preference"] < logged[0]["loss/preference"]
+    assert {"losses/preference", "losses/nll", "rewards/margins"} <= set(logged[0])
+    assert logged[-2]["losses/preference"] < logged[0]["losses/preference"]
     first.save_model()
 
     second = drdo(tmp_path / "student", oracle_model=str(tmp_path / "oracle"))
@@ -105,7 +105,7 @@ def test_both_stages(tmp_path):
     margin = second._metrics["train"]["rewards/oracle_margin"][0]
     assert margin == pytest.approx((chosen - rejected).mean().item(), rel=1e-4)
     logged = history(second)
-    assert {"loss/reward", "loss/preference", "rewards/oracle_margin"} <= set(logged[0])
+    assert {"losses/reward", "losses/preference", "rewards/oracle_margin"} <= set(logged[0])
     frozen = second.readers[0].model
     assert all(parameter.grad is None for parameter in frozen.parameters())
 

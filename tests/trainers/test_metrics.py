@@ -20,25 +20,31 @@ NAMES = {
     "rejected_divergence": "divergence/rejected",
     "rejected_advantage": "advantage/rejected",
     "chosen_divergences": "divergences/chosen",
-    "reward_loss": "loss/reward",
-    "odds_loss": "loss/odds",
+    "reward_loss": "losses/reward",
+    "odds_loss": "losses/odds",
     "log_odds": "log_odds",
     "weights": "weights",
     "kl": "kl",
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_output_is_logged(method):
+def output_of(method):
+    """What a loss returns, with numbers in all of it."""
     output = get_type_hints(METHODS[method])["return"]
     values = dict.fromkeys(output._fields, torch.tensor([1.0, 2.0, 4.0]))
     if method == "kto":
         values |= {"desirable": torch.tensor([True, False, False]), "kl": torch.tensor(1.0)}
+    return output(**values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_output_is_logged(method):
+    output = output_of(method)
     weighs = "sft_weight" in inspect.signature(METHODS[method]).parameters
-    found = of_output(output(**values), {"sft_weight": 1.0} if weighs else {})
+    found = of_output(output, {"sft_weight": 1.0} if weighs else {})
     expected = {NAMES[name] for name in output._fields if name in NAMES}
     assert expected <= set(found) and "loss" not in found
-    assert ("loss/nll" in found) == weighs
+    assert ("losses/nll" in found) == weighs
     assert ("rewards/margins" in found) == ("chosen_rewards" in output._fields)
 
 
@@ -60,5 +66,14 @@ def test_desirable_responses_count_as_chosen():
 def test_the_likelihood_is_logged_where_it_is_a_part(sft_weight):
     chosen = Responses(torch.tensor([-1.0, -7.0]), torch.tensor([1, 3]))
     found = of_output(vanilla_kd(chosen, torch.ones(2)), {"sft_weight": sft_weight})
-    assert ("loss/nll" in found) == bool(sft_weight)
+    assert ("losses/nll" in found) == bool(sft_weight)
     assert found["divergence/chosen"].tolist() == [0.5, 1.0]
+
+
+def test_no_name_is_a_folder_of_another():
+    """MLflow's file store takes names for paths: it cannot keep ``loss`` beside ``loss/nll``."""
+    found = {"loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"}
+    for method in METHODS:
+        found |= {f"losses/{method}", *of_output(output_of(method), {"sft_weight": 1.0})}
+    assert {"losses/nll", "losses/reward", "rewards/margins"} <= found
+    assert [one for one in found for other in found if other.startswith(f"{one}/")] == []

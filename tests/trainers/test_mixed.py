@@ -47,7 +47,7 @@ def test_the_sum_of_the_losses(tmp_path, methods, weights):
     for method, weight in zip(methods, weights, strict=True):
         one = naive_loss(method, naive, batch, models_for(method))
         expected = expected + weight * one
-        logged = found._metrics["train"][f"loss/{method}"][0]
+        logged = found._metrics["train"][f"losses/{method}"][0]
         assert logged == pytest.approx(one.item(), rel=1e-4, abs=1e-5), method
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -67,7 +67,7 @@ def test_tvkd_beside_cloning_and_distillation(tmp_path):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert len(found.readers) == 1
     logged = history(found)[0]
-    assert {"shaping/chosen", "loss/tvkd", "loss/sft", "divergence/chosen"} <= set(logged)
+    assert {"shaping/chosen", "losses/tvkd", "losses/sft", "divergence/chosen"} <= set(logged)
 
 
 @pytest.mark.parametrize("spread", [False, True])

@@ -74,7 +74,6 @@ def test_the_page(run, trainers):
         first, last = (f"{row['loss']:.4g}" for row in logged)
         assert re.search(rf"loss +│ {first} +│ {last} +│ 1 to 2", out)
     tvkd, mixed = (one.args for one in trainers)
-    assert [type(one).__name__ for one in trainers] == ["TVKDTrainer", "PreferenceTrainer"]
     assert (tvkd.methods, tvkd.alpha, tvkd.beta) == ({"tvkd": 1.0}, 0.7, 0.01)
     assert tvkd.learning_rate == 1e-3  # the command line comes before the file
     assert mixed.methods == {"tvkd": 1.0, "sft": 0.1}
@@ -90,7 +89,7 @@ def test_drdo_in_two_stages_with_lora_and_evaluation(run, trainers, monkeypatch)
         *("train", "--method", "drdo", "--output_dir", "student"), *shlex.split(options), *both
     )
     assert code == 0 and re.search(r"eval_rewards/margins +│.*│ 1 to 2", out)
-    assert [type(one).__name__ for one in trainers] == ["OracleTrainer", "DRDOTrainer"]
+    assert [list(one.args.methods) for one in trainers] == [["oracle"], ["drdo"]]
     assert Path("student/adapter_model.safetensors").is_file()
     assert Path("student/reward_head.safetensors").is_file()
 

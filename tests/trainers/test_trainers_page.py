@@ -50,7 +50,7 @@ def test_trl():
     for code in (SIMPO, DCKD, MIXED):
         exec(code, names)
         assert names["trainer"].state.global_step == 4
-    assert {"loss/tvkd", "loss/sft", "loss/vanilla_kd"} <= set(
+    assert {"losses/tvkd", "losses/sft", "losses/vanilla_kd"} <= set(
         names["trainer"].state.log_history[0]
     )
 

@@ -20,16 +20,9 @@ from fastpref.data.rows import BadRow, BadRowsError, row_defect
 from fastpref.integrations.trl.command_help import help_page
 from fastpref.integrations.trl.command_report import report
 from fastpref.integrations.trl.config import PreferenceConfig
-from fastpref.integrations.trl.trainer import (
-    DRDOTrainer,
-    OracleTrainer,
-    PreferenceTrainer,
-    TVKDTrainer,
-)
+from fastpref.integrations.trl.trainer import PreferenceTrainer
 from fastpref.losses import METHODS
 
-# Those whose model cards cite a paper.
-TRAINERS = {"tvkd": TVKDTrainer, "drdo": DRDOTrainer, "oracle": OracleTrainer}
 # Options, by the arguments that functions call them.
 TYPED = {
     "dataset": "dataset_name",
@@ -138,8 +131,7 @@ def _trainer(script: Any, args: PreferenceConfig, model: Any, others: OtherModel
         "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
-    trainer = TRAINERS.get("+".join(args.methods), PreferenceTrainer)
-    return trainer(
+    return PreferenceTrainer(
         student,
         args=args,
         teacher_ref_model=others.teacher_ref_model_name_or_path,

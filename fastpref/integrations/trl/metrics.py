@@ -15,7 +15,7 @@ SIDES = ("chosen", "rejected")
 def of_output(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
     """What a loss returned, by TRL's names: ``chosen_rewards`` is ``rewards/chosen``.
 
-    Parts of the loss are ``loss/<part>``: the likelihood only where it is a part. Of unpaired
+    Parts of the loss are ``losses/<part>``: the likelihood only where it is a part. Of unpaired
     responses, the desirable ones are those that count as chosen.
     """
     metrics = {}
@@ -33,7 +33,7 @@ def of_output(output: Any, options: dict[str, Any]) -> dict[str, Tensor]:
         if first in SIDES:
             name = f"{second}/{first}"
         elif second == "loss":
-            name = f"loss/{first}"
+            name = f"losses/{first}"
         metrics[name] = summed(values)
     if "chosen_rewards" in found:
         chosen, rejected = output.chosen_rewards, output.rejected_rewards

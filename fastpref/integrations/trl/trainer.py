@@ -26,6 +26,7 @@ from fastpref.integrations.trl.config import (
     TVKDConfig,
     inputs_of,
 )
+from fastpref.integrations.trl.papers import cited
 from fastpref.integrations.trl.passes import (
     CachedReading,
     Comparison,
@@ -70,8 +71,8 @@ class PreferenceTrainer(ReadsModels):
     Several methods, ``method=["tvkd", "sft"]``, are trained at once as the weighted sum of their
     losses; every model reads a batch once.
 
-    It logs TRL's metrics, the parts of the loss as ``loss/*``, and ``shaping/*`` and
-    ``rewards/oracle_margin`` where the loss reads them. Of several methods each is ``loss/<name>``,
+    It logs TRL's metrics, the parts of the loss as ``losses/*``, and ``shaping/*`` and
+    ``rewards/oracle_margin`` where the loss reads them. Of several methods each is ``losses/<name>``,
     and what two of them log under one name is that of the first. Methods that learn rewards of
     their own give the model a linear reward head, saved beside it as ``reward_head.safetensors``.
 
@@ -109,7 +110,6 @@ class PreferenceTrainer(ReadsModels):
     """
 
     config_class: type[PreferenceConfig] = PreferenceConfig
-    _paper: dict[str, str] = {}
     # What transformers leaves open.
     args: Any
     _signature_columns: Any
@@ -177,6 +177,7 @@ class PreferenceTrainer(ReadsModels):
             self.give_reward_head(model)
         self.comparisons = comparisons_of(args)
         self._name = "+".join(args.methods)
+        self._paper = cited(args.methods)
         self._tag_names = ["trl", "fastpref", *args.methods]
         self.model.add_model_tags(self._tag_names)
         for signal in self.signals.values():
@@ -285,7 +286,7 @@ class PreferenceTrainer(ReadsModels):
             losses.append(output.loss if weight == 1 else weight * output.loss)
             measured = {**metrics.of_output(output, options), **measured}
             if len(args.methods) > 1:
-                measured[f"loss/{method}"] = metrics.summed(output.loss.detach())
+                measured[f"losses/{method}"] = metrics.summed(output.loss.detach())
         return {"loss": sum(losses[1:], losses[0]), **measured}
 
     def _divergences(
@@ -332,7 +333,6 @@ class TVKDTrainer(PreferenceTrainer):
     """
 
     config_class = TVKDConfig
-    _paper = {"title": "Teacher Value-based Knowledge Distillation (TVKD), NeurIPS 2025"}
 
 
 class DRDOTrainer(PreferenceTrainer):
@@ -350,7 +350,6 @@ class DRDOTrainer(PreferenceTrainer):
     """
 
     config_class = DRDOConfig
-    _paper = {"title": "Direct Reward Distillation and policy-Optimization (DRDO)"}
 
 
 class OracleTrainer(PreferenceTrainer):
@@ -368,7 +367,6 @@ class OracleTrainer(PreferenceTrainer):
     """
 
     config_class = OracleConfig
-    _paper = DRDOTrainer._paper
 
 
 def prepared(dataset: Any, name: str, signals: Mapping[str, Signal]) -> Any:
