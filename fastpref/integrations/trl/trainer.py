@@ -72,9 +72,10 @@ class PreferenceTrainer(ReadsModels):
     losses; every model reads a batch once.
 
     It logs TRL's metrics, the parts of the loss as ``losses/*``, and ``shaping/*`` and
-    ``rewards/oracle_margin`` where the loss reads them. Of several methods each is ``losses/<name>``,
-    and what two of them log under one name is that of the first. Methods that learn rewards of
-    their own give the model a linear reward head, saved beside it as ``reward_head.safetensors``.
+    ``rewards/oracle_margin`` where the loss reads them. Of several methods each is
+    ``losses/<name>``, and what two of them log under one name is that of the first. Methods that
+    learn rewards of their own give the model a linear reward head, saved beside it as
+    ``reward_head.safetensors``.
 
     Args:
         model: As in ``DPOTrainer``. A folder with a reward head gives that too.
