@@ -206,8 +206,8 @@ def test_evaluation(tmp_path):
     models = models_for("dckd")
     found = preference_trainer(tmp_path, ["dckd", "dpkd"], eval_dataset=dataset(4), **models)
     logged = found.evaluate()
-    assert {"eval_loss", "eval_loss/dckd", "eval_divergence/rejected"} <= set(logged)
-    whole = logged["eval_loss/dckd"] + logged["eval_loss/dpkd"]
+    assert {"eval_loss", "eval_losses/dckd", "eval_divergence/rejected"} <= set(logged)
+    whole = logged["eval_losses/dckd"] + logged["eval_losses/dpkd"]
     assert logged["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
 
