@@ -110,7 +110,7 @@ def test_both_stages(tmp_path):
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
-def test_the_reward_head_is_saved_and_found_again(tmp_path):
+def test_the_reward_head_is_saved_and_found_again(tmp_path, monkeypatch):
     first = drdo(tmp_path)
     first.train()
     first.save_model()
@@ -120,6 +120,9 @@ def test_the_reward_head_is_saved_and_found_again(tmp_path):
     torch.testing.assert_close(model.state_dict(), first.model.state_dict())
     named = drdo(tmp_path / "again", str(tmp_path))
     torch.testing.assert_close(named.model.reward_head.weight, first.model.reward_head.weight)
+    monkeypatch.chdir(tmp_path)  # which a new model, that has no name, did not come from
+    new = drdo(tmp_path / "new", student())
+    assert not new.model.reward_head.weight.equal(first.model.reward_head.weight)
 
 
 def test_columns_are_as_good_as_the_oracle(tmp_path):

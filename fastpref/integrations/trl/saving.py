@@ -24,12 +24,12 @@ class SavesRewardHead(DPOTrainer):
     def give_reward_head(self, source: Any) -> None:
         """Its own reward head, or that of the folder or model it came from, or a new one."""
         folder = source if isinstance(source, str) else get_config_model_id(source.config)
-        if reward_head.has_reward_head(self.model) or not reward_head.folder_has_reward_head(
-            folder
-        ):
-            reward_head.add_reward_head(self.model)
-        else:
+        # A model that is from nowhere has the name "", which as a folder would be the current one.
+        saved = bool(folder) and reward_head.folder_has_reward_head(folder)
+        if saved and not reward_head.has_reward_head(self.model):
             reward_head.load_reward_head(self.model, folder)
+        else:
+            reward_head.add_reward_head(self.model)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
