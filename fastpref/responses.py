@@ -14,9 +14,9 @@ from fastpref.sequences import SPOILED, check_sequences, sequence_sum
 class Responses(NamedTuple):
     """What a loss reads of S responses; of B pairs the first B are chosen, the others rejected."""
 
-    logps: Tensor  # (S,) sums of log-probabilities, weighted where tokens have weights, nats
-    lengths: Tensor  # (S,) int64, number of response tokens
-    unweighted_logps: Tensor | None = None  # (S,) where tokens have weights: the sums without
+    logps: Tensor  #: (S,) sums of log-probabilities, weighted where tokens have weights, nats
+    lengths: Tensor  #: (S,) int64, number of response tokens
+    unweighted_logps: Tensor | None = None  #: (S,) where tokens have weights: the sums without
 
     def sequences(self) -> int:
         """The number of responses S."""

@@ -25,8 +25,8 @@ SKIP = " (skip_bad_rows leaves them out)"
 class BadRow(NamedTuple):
     """A row that cannot be used, by its position in the dataset."""
 
-    row: int
-    reason: str
+    row: int  #: its position, from 0
+    reason: str  #: why it cannot be used
 
 
 class BadRowsError(ValueError):

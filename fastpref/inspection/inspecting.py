@@ -30,12 +30,12 @@ MODULES = ("accelerate", "datasets", "jinja2", "tqdm", "transformers", "trl")
 class Inspection(NamedTuple):
     """What `inspect_teacher` and `inspect_values` return."""
 
-    measures: list[SignalMeasures]  # by signal: its numbers
-    verdicts: list[str]  # by signal: what they mean
-    facts: dict[str, str]  # what was looked at, for the page
-    signals: list[Signal]  # by signal: its numbers of every state
-    pairs: list[ShownPair]  # in text
-    student_gaps: Tensor | None  # (pairs,) float64: beta times the student's log-prob gap
+    measures: list[SignalMeasures]  #: by signal: its numbers
+    verdicts: list[str]  #: by signal: what they mean
+    facts: dict[str, str]  #: what was looked at, for the page
+    signals: list[Signal]  #: by signal: its numbers of every state
+    pairs: list[ShownPair]  #: in text
+    student_gaps: Tensor | None  #: (pairs,) float64: beta times the student's log-prob gap
 
 
 def inspect_teacher(

@@ -17,9 +17,9 @@ ROUNDING = 1e-9  # what is left of a gap that the lengths explain is no gap
 class Share(NamedTuple):
     """A share of pairs with its 95 % interval, each from 0 to 1."""
 
-    share: float
-    low: float
-    high: float
+    share: float  #: of the pairs that were looked at
+    low: float  #: where the interval begins
+    high: float  #: where it ends
 
     @property
     def side(self) -> int:
@@ -30,15 +30,15 @@ class Share(NamedTuple):
 class SignalMeasures(NamedTuple):
     """What one signal of a teacher says of the pairs; gaps are chosen less rejected."""
 
-    name: str
-    pairs: int
-    ranked_first: Share  # of pairs whose chosen response has the larger shaping
-    without_length: Share  # the same of what a multiple of the difference of lengths leaves
-    length_correlation: float | None  # Pearson's, with the difference of lengths in tokens
-    mean_gap: float
-    gap_std: float
-    alpha: float | None  # at which the shaping's gap is as large as beta times the student's
-    student_correlation: float | None  # Pearson's, with the student's gap
+    name: str  #: of the signal
+    pairs: int  #: how many were looked at
+    ranked_first: Share  #: of pairs whose chosen response has the larger shaping
+    without_length: Share  #: the same of what a multiple of the difference of lengths leaves
+    length_correlation: float | None  #: Pearson's, with the difference of lengths in tokens
+    mean_gap: float  #: in the unit of the shaping, nats or logits
+    gap_std: float  #: the gaps' standard deviation, in the same unit
+    alpha: float | None  #: at which the shaping's gap is as large as beta times the student's
+    student_correlation: float | None  #: Pearson's, with the student's gap
 
 
 def measure(signal: Signal, length_gaps: Tensor, student_gaps: Tensor | None) -> SignalMeasures:

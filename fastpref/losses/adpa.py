@@ -19,11 +19,11 @@ OfRejected = Annotated[
 class ADPAOutput(NamedTuple):
     """What `adpa` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over tokens, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    rejected_advantage: Tensor  # () mean over tokens, nats
-    nll_loss: Tensor  # () mean negative log-probability of the chosen tokens, nats
+    loss: Tensor  #: () mean over tokens, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    rejected_advantage: Tensor  #: () mean over tokens, nats
+    nll_loss: Tensor  #: () mean negative log-probability of the chosen tokens, nats
 
 
 @pair_loss

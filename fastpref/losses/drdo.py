@@ -17,13 +17,13 @@ from fastpref.responses import Responses
 class DRDOOutput(NamedTuple):
     """What `drdo` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over pairs, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) of the student's reward head
-    rejected_rewards: Tensor  # (B,)
-    reward_loss: Tensor  # () mean squared error of the reward differences
-    preference_loss: Tensor  # () mean of the focal log-odds term, alpha included
+    loss: Tensor  #: () mean over pairs, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,) of the student's reward head
+    rejected_rewards: Tensor  #: (B,)
+    reward_loss: Tensor  #: () mean squared error of the reward differences
+    preference_loss: Tensor  #: () mean of the focal log-odds term, alpha included
 
 
 @pair_loss

@@ -22,13 +22,13 @@ OfModels = Annotated[
 class EDPOOutput(NamedTuple):
     """What `edpo` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over pairs, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) ``beta * (logps - ref_logps)``
-    rejected_rewards: Tensor  # (B,)
-    reward_loss: Tensor  # () the squared error, of the model that is nearest
-    kl: Tensor  # () mean over responses of the reference's log-ratio to the policy, nats
+    loss: Tensor  #: () mean over pairs, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,) ``beta * (logps - ref_logps)``
+    rejected_rewards: Tensor  #: (B,)
+    reward_loss: Tensor  #: () the squared error, of the model that is nearest
+    kl: Tensor  #: () mean over responses of the reference's log-ratio to the policy, nats
 
 
 @pair_loss

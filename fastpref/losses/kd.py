@@ -14,21 +14,21 @@ from fastpref.responses import Responses, token_mean
 class KDOutput(NamedTuple):
     """What `vanilla_kd` and `gkd` return; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over tokens, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    chosen_divergence: Tensor  # () mean over tokens, nats
-    nll_loss: Tensor  # () mean negative log-probability of the tokens, nats
+    loss: Tensor  #: () mean over tokens, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    chosen_divergence: Tensor  #: () mean over tokens, nats
+    nll_loss: Tensor  #: () mean negative log-probability of the tokens, nats
 
 
 class DCKDOutput(NamedTuple):
     """What `dckd` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over tokens, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    chosen_divergence: Tensor  # () mean over tokens, nats
-    rejected_divergence: Tensor  # ()
-    nll_loss: Tensor  # () mean negative log-probability of the chosen tokens, nats
+    loss: Tensor  #: () mean over tokens, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    chosen_divergence: Tensor  #: () mean over tokens, nats
+    rejected_divergence: Tensor  #: ()
+    nll_loss: Tensor  #: () mean negative log-probability of the chosen tokens, nats
 
 
 @unpaired_loss

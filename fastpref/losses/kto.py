@@ -24,11 +24,11 @@ Sample = Annotated[
 class KTOOutput(NamedTuple):
     """What `kto` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over responses, differentiable
-    logps: Tensor  # (S,) summed log-probabilities, nats
-    rewards: Tensor  # (S,) ``beta * (logps - ref_logps)``
-    desirable: Tensor  # (S,) bool, as it was given
-    kl: Tensor  # () the reference point, nats
+    loss: Tensor  #: () mean over responses, differentiable
+    logps: Tensor  #: (S,) summed log-probabilities, nats
+    rewards: Tensor  #: (S,) ``beta * (logps - ref_logps)``
+    desirable: Tensor  #: (S,) bool, as it was given
+    kl: Tensor  #: () the reference point, nats
 
 
 @unpaired_loss

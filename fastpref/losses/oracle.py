@@ -14,12 +14,12 @@ from fastpref.responses import Responses
 class OracleOutput(NamedTuple):
     """What `oracle` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over pairs, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    chosen_rewards: Tensor  # (B,) of the model's reward head
-    rejected_rewards: Tensor  # (B,)
-    preference_loss: Tensor  # () the Bradley-Terry term
-    nll_loss: Tensor  # () mean over pairs of the winner's negative log-probability per token, nats
+    loss: Tensor  #: () mean over pairs, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    chosen_rewards: Tensor  #: (B,) of the model's reward head
+    rejected_rewards: Tensor  #: (B,)
+    preference_loss: Tensor  #: () the Bradley-Terry term
+    nll_loss: Tensor  #: () mean over pairs of the winner's negative log-probability per token, nats
 
 
 @pair_loss

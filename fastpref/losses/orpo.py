@@ -15,14 +15,14 @@ from fastpref.responses import Responses
 class ORPOOutput(NamedTuple):
     """What `orpo` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over pairs, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) ``beta`` times the mean log-probability per token
-    rejected_rewards: Tensor  # (B,)
-    nll_loss: Tensor  # () mean negative log-probability of the chosen tokens, nats
-    odds_loss: Tensor  # () mean of the odds-ratio term, before ``beta``
-    log_odds: Tensor  # (B,) log of the odds ratio
+    loss: Tensor  #: () mean over pairs, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,) ``beta`` times the mean log-probability per token
+    rejected_rewards: Tensor  #: (B,)
+    nll_loss: Tensor  #: () mean negative log-probability of the chosen tokens, nats
+    odds_loss: Tensor  #: () mean of the odds-ratio term, before ``beta``
+    log_odds: Tensor  #: (B,) log of the odds ratio
 
 
 @pair_loss

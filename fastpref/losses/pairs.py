@@ -33,12 +33,12 @@ Output = TypeVar("Output")
 class LossOutput(NamedTuple):
     """What losses of pairs return; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over pairs, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) the rewards that the policy implies, in the unit of the loss
-    rejected_rewards: Tensor  # (B,)
-    nll_loss: Tensor  # () mean negative log-probability of the chosen tokens, nats
+    loss: Tensor  #: () mean over pairs, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,) the rewards that the policy implies, in the unit of the loss
+    rejected_rewards: Tensor  #: (B,)
+    nll_loss: Tensor  #: () mean negative log-probability of the chosen tokens, nats
 
 
 class Shape(NamedTuple):

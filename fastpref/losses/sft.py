@@ -13,9 +13,9 @@ from fastpref.responses import Responses, token_mean
 class SFTOutput(NamedTuple):
     """What `sft` and `seqkd` return; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over tokens, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    nll_loss: Tensor  # () mean negative log-probability of the tokens, whatever they weigh, nats
+    loss: Tensor  #: () mean over tokens, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    nll_loss: Tensor  #: () mean negative log-probability of the tokens, whatever they weigh, nats
 
 
 @unpaired_loss

@@ -14,13 +14,13 @@ from fastpref.responses import Responses
 class TDPOOutput(NamedTuple):
     """What `tdpo` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over pairs, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) ``beta * (logps - ref_logps + alpha * divergences)``
-    rejected_rewards: Tensor  # (B,)
-    chosen_divergences: Tensor  # (B,) nats
-    rejected_divergences: Tensor  # (B,)
+    loss: Tensor  #: () mean over pairs, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,) ``beta * (logps - ref_logps + alpha * divergences)``
+    rejected_rewards: Tensor  #: (B,)
+    chosen_divergences: Tensor  #: (B,) nats
+    rejected_divergences: Tensor  #: (B,)
 
 
 @pair_loss

@@ -14,12 +14,12 @@ from fastpref.responses import Responses
 class WPOOutput(NamedTuple):
     """What `wpo` returns; everything but ``loss`` is detached."""
 
-    loss: Tensor  # () mean over pairs, differentiable
-    chosen_logps: Tensor  # (B,) summed log-probabilities, nats
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) ``beta * (logps - ref_logps)``
-    rejected_rewards: Tensor  # (B,)
-    weights: Tensor  # (B,) of the pairs
+    loss: Tensor  #: () mean over pairs, differentiable
+    chosen_logps: Tensor  #: (B,) summed log-probabilities, nats
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,) ``beta * (logps - ref_logps)``
+    rejected_rewards: Tensor  #: (B,)
+    weights: Tensor  #: (B,) of the pairs
 
 
 @pair_loss

@@ -42,11 +42,11 @@ class Head(NamedTuple):
         torch.Size([2, 3])
     """
 
-    weight: Tensor  # (V, H) in the dtype of the hidden states; a DTensor may be sharded
-    bias: Tensor | None = None  # (V,)
-    logit_scale: float = 1.0  # as in Cohere and Granite
-    softcap: float | None = None  # as in Gemma; above 0
-    group: ProcessGroup | None = None  # processes of which each has some rows of weight and bias
+    weight: Tensor  #: (V, H) in the dtype of the hidden states; a DTensor may be sharded
+    bias: Tensor | None = None  #: (V,)
+    logit_scale: float = 1.0  #: as in Cohere and Granite
+    softcap: float | None = None  #: as in Gemma; above 0
+    group: ProcessGroup | None = None  #: processes of which each has some rows of weight and bias
 
 
 class PreparedHead(NamedTuple):

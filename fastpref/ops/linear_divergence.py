@@ -35,11 +35,11 @@ PREFIXES = ("student_", "teacher_", "reference_")  # of arguments about each mod
 class DivergenceWithStats(NamedTuple):
     """What `linear_divergence_with_stats` returns: (...) each, 0 (False) where ignored."""
 
-    divergence: Tensor  # of the two distributions in nats, differentiable
-    logps: Tensor  # the student's log-probabilities of the labels in nats, differentiable
-    lse: Tensor  # temperature * logsumexp of the student's logits, differentiable
-    entropy: Tensor  # of the student's distribution in nats, detached
-    is_top1: Tensor  # bool: no logit of the student is larger than the label's
+    divergence: Tensor  #: of the two distributions in nats, differentiable
+    logps: Tensor  #: the student's log-probabilities of the labels in nats, differentiable
+    lse: Tensor  #: temperature * logsumexp of the student's logits, differentiable
+    entropy: Tensor  #: of the student's distribution in nats, detached
+    is_top1: Tensor  #: bool: no logit of the student is larger than the label's
 
 
 @plain_autograd_only

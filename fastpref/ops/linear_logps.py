@@ -20,10 +20,10 @@ AUTOMATIC_SCRATCH_BYTES = 2**30
 class LogpsWithStats(NamedTuple):
     """What `linear_logps_with_stats` returns: (...) each, 0 (False) where ignored."""
 
-    logps: Tensor  # log-probabilities of the labels in nats, differentiable
-    lse: Tensor  # temperature * logsumexp of the logits, differentiable
-    entropy: Tensor  # of the distribution over the vocabulary in nats, detached
-    is_top1: Tensor  # bool: no logit is larger than the label's
+    logps: Tensor  #: log-probabilities of the labels in nats, differentiable
+    lse: Tensor  #: temperature * logsumexp of the logits, differentiable
+    entropy: Tensor  #: of the distribution over the vocabulary in nats, detached
+    is_top1: Tensor  #: bool: no logit is larger than the label's
 
 
 @plain_autograd_only

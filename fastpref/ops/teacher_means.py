@@ -20,9 +20,9 @@ class TeacherMeans(NamedTuple):
     With the teacher's distribution p it is all that a student's frozen head can see of it.
     """
 
-    weight: Tensor  # (..., H_s) E_p[W_s]
-    bias: Tensor | None  # (...) E_p[b_s], where the student's head has a bias
-    entropy: Tensor  # (...) of p, in nats
+    weight: Tensor  #: (..., H_s) E_p[W_s]
+    bias: Tensor | None  #: (...) E_p[b_s], where the student's head has a bias
+    entropy: Tensor  #: (...) of p, in nats
 
 
 @plain_autograd_only
