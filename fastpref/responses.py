@@ -16,7 +16,7 @@ class Responses(NamedTuple):
 
     logps: Tensor  #: (S,) sums of log-probabilities, weighted where tokens have weights, nats
     lengths: Tensor  #: (S,) int64, number of response tokens
-    unweighted_logps: Tensor | None = None  #: (S,) where tokens have weights: the sums without
+    unweighted_logps: Tensor | None = None  #: (S,) the sums without, where tokens have weights
 
     def sequences(self) -> int:
         """The number of responses S."""

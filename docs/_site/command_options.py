@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import typer
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from fastpref.cli import app as commands
+from fastpref import cli
 from fastpref.integrations.trl.command import OtherModels
 from fastpref.integrations.trl.command_help import help_page
+
+WORDS = {str: "text", Path: "file", int: "integer", float: "number"}
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -32,29 +35,38 @@ class CommandOptions(SphinxDirective):
         if name == "train":  # most of its options are TRL's, whose parser is argparse's
             page = help_page(fields(OtherModels), [])
             return [nodes.literal_block(page, page, language="text")]
-        group: Any = typer.main.get_command(commands)
-        command = group.commands[name]
-        lines = [*command.help.splitlines(), "", f".. program:: fastpref {name}", ""]
-        for option in command.params:
-            lines += [f".. option:: {_usage(option)}", "", f"   {_text(option)}", ""]
+        command = getattr(cli, name.replace("-", "_"))
+        lines = [*(inspect.getdoc(command) or "").splitlines(), "", f".. program:: fastpref {name}"]
+        for option in inspect.signature(command, eval_str=True).parameters.values():
+            usage, text = _described(option)
+            lines += ["", f".. option:: {usage}", "", f"   {text}"]
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-def _usage(option: Any) -> str:
-    """The option as it is typed, with a word for its value."""
-    (name,) = option.opts
-    if option.is_flag:
-        return str(name)
-    choices = getattr(option.type, "choices", None)
-    word = "|".join(map(str, choices)) if choices else option.type.name.upper()
-    return f"{name} <{word}>"
+def _described(option: inspect.Parameter) -> tuple[str, str]:
+    """An option as it is typed, and what it is, with its default."""
+    kind, info = _parts(option.annotation)
+    name, text = f"--{option.name.replace('_', '-')}", info.help
+    if kind is bool:
+        return name, text
+    usage = f"{name} <{_word(kind)}>"
+    if option.default is inspect.Parameter.empty:
+        return usage, f"{text} **Required.**"
+    return usage, text if option.default is None else f"{text} Default: ``{option.default}``."
 
 
-def _text(option: Any) -> str:
-    """What it is, whether it has to be given, and its default."""
-    text = str(option.help)
-    if option.required:
-        return f"{text} **Required.**"
-    if option.is_flag or option.default is None:
-        return text
-    return f"{text} Default: ``{getattr(option.default, 'value', option.default)}``."
+def _parts(annotation: Any) -> tuple[Any, Any]:
+    """The type of ``Annotated[type, typer.Option(...)]``, and the option."""
+    if get_origin(annotation) is not Annotated:
+        raise TypeError(f"expected an annotated option, got {annotation}")
+    kind, info = get_args(annotation)
+    return kind, info
+
+
+def _word(kind: Any) -> str:
+    """What an option takes."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    while get_args(kind):  # `T | None` and `list[T]`
+        kind = get_args(kind)[0]
+    return WORDS[kind]

@@ -30,12 +30,12 @@ MODULES = ("accelerate", "datasets", "jinja2", "tqdm", "transformers", "trl")
 class Inspection(NamedTuple):
     """What `inspect_teacher` and `inspect_values` return."""
 
-    measures: list[SignalMeasures]  #: by signal: its numbers
-    verdicts: list[str]  #: by signal: what they mean
+    measures: list[SignalMeasures]  #: the numbers, by signal
+    verdicts: list[str]  #: what they mean, by signal
     facts: dict[str, str]  #: what was looked at, for the page
-    signals: list[Signal]  #: by signal: its numbers of every state
+    signals: list[Signal]  #: the numbers of every state, by signal
     pairs: list[ShownPair]  #: in text
-    student_gaps: Tensor | None  #: (pairs,) float64: beta times the student's log-prob gap
+    student_gaps: Tensor | None  #: (pairs,) float64, beta times the student's log-prob gap
 
 
 def inspect_teacher(

@@ -145,7 +145,7 @@ _DPOConfigWithOptions: Any = make_dataclass(
 class PreferenceConfig(_DPOConfigWithOptions):  # type: ignore[misc]  # made above
     """DPOConfig, the name of a method, and the options of all methods.
 
-    An option is what the function `fastpref.losses.<method>` says of it, and has that function's
+    An option is what the function ``fastpref.losses.<method>`` says of it, and has that function's
     default where it is not set. What a loss reads has options, too: ``precompute_shaping`` and
     those of `fastpref.teacher_shaping`, whose ``temperature`` is ``value_temperature`` and whose
     ``beta`` is ``value_beta``;
