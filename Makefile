@@ -1,4 +1,5 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
+# make docs: the documentation as a site, in build/site.
 # make check-install: the wheel in clean environments, a few minutes.
 # make faults: kills and full disks, ten minutes.  make audit: known vulnerabilities; needs network.
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
@@ -19,7 +20,7 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint check-install faults load errors audit gpu-check peer-tests mutation
+.PHONY: demo test lint docs check-install faults load errors audit gpu-check peer-tests mutation
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -34,6 +35,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# A broken link, an unknown name in a docstring or a page that no menu leads to is an error.
+docs: .venv/.installed
+	$(BIN)/sphinx-build -W --keep-going -q -E -a -c docs -d build/doctrees . build/site
 
 check-install:
 	$(PYTHON) .ci/check_install.py

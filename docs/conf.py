@@ -42,8 +42,6 @@ exclude_patterns = [
 
 nitpicky = True  # an unknown name in a docstring is a warning, and -W makes it an error
 default_role = "any"  # `name` in a docstring
-# Pages that are not written yet have a place in docs/index.rst already.
-suppress_warnings = ["toc.empty_glob"]
 
 autodoc_typehints = "none"  # docstrings say shapes and dtypes, which annotations cannot
 autodoc_member_order = "bysource"
