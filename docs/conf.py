@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent / "_site"))
 import fastpref
 
 project = "fastpref"
-author = "the authors of fastpref"
 version = release = fastpref.__version__
 html_title = f"fastpref {version}"
 
@@ -40,6 +39,7 @@ exclude_patterns = [
     "docs/README.md",  # a part of docs/index.rst
 ]
 
+smartquotes = False  # it makes a dash of the two hyphens before an option
 nitpicky = True  # an unknown name in a docstring is a warning, and -W makes it an error
 default_role = "any"  # `name` in a docstring
 
@@ -59,4 +59,5 @@ html_static_path = ["_site/static"]
 html_css_files = ["fastpref.css"]
 html_extra_path = ["_site/root"]  # index.html, which leads to docs/index.html
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
