@@ -39,7 +39,6 @@ exclude_patterns = [
     "docs/README.md",  # a part of docs/index.rst
 ]
 
-smartquotes = False  # it makes a dash of the two hyphens before an option
 nitpicky = True  # an unknown name in a docstring is a warning, and -W makes it an error
 default_role = "any"  # `name` in a docstring
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ import torch
 import fastpref
 
 pytest.importorskip("trl")
+from datasets import Dataset
+from pages import ROOT, blocks, pages
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-(LOOP,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+(LOOP,) = blocks("README.md")
 TOKENIZER = tiny_tokenizer()
 
 
@@ -90,8 +92,7 @@ def test_padding_on_the_left_gives_the_same_loss(kind, monkeypatch):
 
 
 def test_the_three_layers_are_the_call():
-    page = (ROOT / "docs/how_it_works.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (code,) = blocks("docs/how_it_works.md")
     hidden, weight, shaping = torch.randn(4, 6, 8), torch.randn(40, 8), torch.randn(4)
     labels = torch.randint(40, (4, 6))
     head = fastpref.Head(weight, softcap=5.0)
@@ -99,6 +100,23 @@ def test_the_three_layers_are_the_call():
     exec(code, names := names | {"shaping": shaping})
     expected = fastpref.tvkd_loss(hidden, head, labels, shaping, beta=0.1)
     torch.testing.assert_close(names["out"].loss, expected.loss)
+
+
+def test_the_changed_line(tmp_path, monkeypatch):
+    """Of the trainer, what follows the plus sign makes one."""
+    (diff,) = blocks("README.md", "diff")
+    (line,) = re.findall(r"^\+(.*)$", diff, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    tiny_model(TOKENIZER, seed=1).save_pretrained("a-folder-or-hub-name")
+    TOKENIZER.save_pretrained("a-folder-or-hub-name")
+    student = tiny_model(TOKENIZER)
+    student.save_pretrained("student")
+    TOKENIZER.save_pretrained("student")
+    trl = importlib.import_module("fastpref.integrations.trl")
+    small = functools.partial(trl.TVKDConfig, use_cpu=True, bf16=False, report_to="none")
+    names = {"TVKDTrainer": trl.TVKDTrainer, "TVKDConfig": small, "model": "student"}
+    exec(line, names | {"pairs": Dataset.from_list(rows(4))}, names)
+    assert type(names["trainer"]) is trl.TVKDTrainer
 
 
 def test_one_page():
@@ -133,12 +151,7 @@ def test_the_table_is_that_of_the_committed_results():
     assert shown == found
 
 
-@pytest.mark.parametrize(
-    "page", [README_OR_DOC.relative_to(ROOT).as_posix() for README_OR_DOC in (
-        ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md")),
-        *sorted(ROOT.glob("benchmarks/**/*.md")),
-    )]
-)  # fmt: skip
+@pytest.mark.parametrize("page", pages())
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text("utf-8")
     for target in re.findall(r"\]\(([^)#]+)", text):

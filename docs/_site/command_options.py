@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -36,7 +37,8 @@ class CommandOptions(SphinxDirective):
             page = help_page(fields(OtherModels), [])
             return [nodes.literal_block(page, page, language="text")]
         command = getattr(cli, name.replace("-", "_"))
-        lines = [*(inspect.getdoc(command) or "").splitlines(), "", f".. program:: fastpref {name}"]
+        about = _marked(inspect.getdoc(command) or "")
+        lines = [*about.splitlines(), "", f".. program:: fastpref {name}"]
         for option in inspect.signature(command, eval_str=True).parameters.values():
             usage, text = _described(option)
             lines += ["", f".. option:: {usage}", "", f"   {text}"]
@@ -46,13 +48,18 @@ class CommandOptions(SphinxDirective):
 def _described(option: inspect.Parameter) -> tuple[str, str]:
     """An option as it is typed, and what it is, with its default."""
     kind, info = _parts(option.annotation)
-    name, text = f"--{option.name.replace('_', '-')}", info.help
+    name, text = f"--{option.name.replace('_', '-')}", _marked(info.help)
     if kind is bool:
         return name, text
     usage = f"{name} <{_word(kind)}>"
     if option.default is inspect.Parameter.empty:
         return usage, f"{text} **Required.**"
     return usage, text if option.default is None else f"{text} Default: ``{option.default}``."
+
+
+def _marked(text: str) -> str:
+    """A help text with its commands and options as code: two hyphens would become a dash."""
+    return re.sub(r"torchrun .+? \.\.\.|(?<!\S)--[\w-]+", r"``\g<0>``", text)
 
 
 def _parts(annotation: Any) -> tuple[Any, Any]:

@@ -30,6 +30,6 @@ def _block(translator: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def _spaced(formula: str) -> str:
-    """The formula with TeX's thin spaces around the names of functions, which docutils leaves out."""
+    """The formula with TeX's spaces around the names of functions, which docutils leaves out."""
     formula = re.sub(rf"({FUNCTION})\s*(?=[\\\w])(?!\\[,;!|])", r"\1\\,", formula)
     return re.sub(rf"(?<=[\w}})])\s*(?={FUNCTION})", r"\\,", formula)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import blocks
 
 HERE = Path(__file__).parent
 
@@ -37,7 +38,8 @@ def run_on_two(folder, *scripts):
 
 def test_ddp_fsdp2_and_tensor_parallel(tmp_path):
     pytest.importorskip("peft")
-    run_on_two(tmp_path, "ddp.py", "fsdp2.py", "tensor_parallel.py")
+    assert blocks("docs/distributed.md")  # which page.py executes
+    run_on_two(tmp_path, "ddp.py", "fsdp2.py", "tensor_parallel.py", "page.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import sys
-from pathlib import Path
 
 import pytest
+from pages import blocks, commands
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 from fastpref import cli
@@ -62,14 +60,13 @@ def test_a_file(run, folder):
 
 def test_the_page_in_docs(run, folder):
     """Its commands and its code, with small models for large ones."""
-    text = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text("utf-8")
-    for line in re.findall(r"^fastpref .*$", text, flags=re.MULTILINE):
+    for line in commands("docs/inspect.md", "fastpref"):
         names = {"meta-llama/Llama-3.1-8B-Instruct": "teacher", "my-dpo-model": "teacher",
                  "my-sft-model": "reference", "my-student": "student", "pairs.jsonl": "rows.jsonl",
                  "values.parquet": "docs.parquet"}  # fmt: skip
-        code, out = run(*(names.get(word, word) for word in shlex.split(line)[1:]))
+        code, out = run(*(names.get(word, word) for word in line[1:]))
         assert code == 0, code
-    (python,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (python,) = blocks("docs/inspect.md")
     names = {"my-dpo-model": "teacher", "pairs.jsonl": "rows.jsonl", "report.html": "docs.html"}
     for name, small in names.items():
         python = python.replace(f'"{name}"', f'"{small}"')

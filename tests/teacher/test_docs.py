@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pages import blocks, commands
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 import fastpref.integrations.trl
 from fastpref.cli import main
 from fastpref.teacher import add_kd_cache, load_teacher
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE, KD_PAGE = ((DOCS / name).read_text("utf-8") for name in ("values.md", "kd_cache.md"))
 TEACHER, STUDENT = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 
 
@@ -35,14 +32,14 @@ def folder(tmp_path, monkeypatch):
 
 def test_python():
     names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+    for code in blocks("docs/values.md"):
         exec(code, names)
     assert len(names["dataset"]["chosen_shaping"]) == len(rows())
 
 
 def test_the_commands(monkeypatch):
-    for command in re.findall(r"^fastpref values .*$", PAGE, flags=re.MULTILINE):
-        monkeypatch.setattr(sys, "argv", shlex.split(command))
+    for command in commands("docs/values.md", "fastpref"):
+        monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0
@@ -52,12 +49,12 @@ def test_the_commands(monkeypatch):
 
 def test_distributions(monkeypatch):
     """The command; then a server's answers, here of the same teacher, give its likeliest tokens."""
-    (command,) = re.findall(r"^fastpref kd-cache .*$", KD_PAGE, flags=re.MULTILINE)
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    (command,) = commands("docs/kd_cache.md", "fastpref")
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    training, serving = re.findall(r"```python\n(.*?)```", KD_PAGE, flags=re.DOTALL)
+    training, serving = blocks("docs/kd_cache.md")
     small = functools.partial(
         fastpref.integrations.trl.PreferenceConfig, use_cpu=True, bf16=False, max_steps=2,
         per_device_train_batch_size=2, report_to="none", save_strategy="no", disable_tqdm=True,

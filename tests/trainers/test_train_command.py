@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from pages import blocks, commands
 from tiny_models import rows, tiny_model
 from training import TOKENIZER
 from transformers import AutoModelForCausalLM
@@ -17,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from fastpref.cli import main
 from fastpref.integrations.trl import command, command_report
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
-(YAML,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
-COMMANDS = re.findall(r"^fastpref (train .*)$", PAGE, flags=re.MULTILINE)
+PAGE = "docs/trainers.md"
+(YAML,) = blocks(PAGE, "yaml")
+COMMANDS = [line[1:] for line in commands(PAGE, "fastpref") if line[1] == "train"]
 STUDENT, TEACHER = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
 SMALL = shlex.split(
     "--use_cpu --bf16 false --max_steps 2 --logging_steps 1 --per_device_train_batch_size 2 "
@@ -62,7 +63,7 @@ def trainers(monkeypatch):
 
 def test_the_page(run, trainers):
     for line, folder in zip(COMMANDS[:2], ("student-tvkd", "student-mixed"), strict=True):
-        code, out = run(*shlex.split(line), *SMALL)
+        code, out = run(*line, *SMALL)
         assert code == 0
         assert f"{folder}: the model" in out
         saved = AutoModelForCausalLM.from_pretrained(folder)
@@ -108,7 +109,7 @@ def test_help_has_our_options_first(run):
 
 
 def test_help_of_a_method_has_its_options_only(run):
-    code, out = run(*shlex.split(COMMANDS[2]))
+    code, out = run(*COMMANDS[2])
     assert code == 0 and "--terminal " in out and "--jsd_beta " not in out
     assert "In brackets" not in out
 

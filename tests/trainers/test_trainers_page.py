@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,18 @@ import formulas
 import pytest
 import torch
 from datasets import Dataset
+from pages import blocks, commands
 from tiny_models import rows, tiny_model
 from training import SETTINGS, TOKENIZER, signal, student
 from transformers import TrainingArguments
 
 import fastpref.integrations.trl
+from fastpref.cli import main
+from fastpref.data import read_rows
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text("utf-8")
-TVKD, DRDO, SCORE, SIMPO, DCKD, MIXED, METHOD, PLAIN = re.findall(
-    r"```python\n(.*?)```", PAGE, flags=re.DOTALL
-)
+PAGE = "docs/trainers.md"
+TVKD, DRDO, SCORE, SIMPO, DCKD, MIXED, METHOD, PLAIN = blocks(PAGE)
+(REWARDS,) = (line for line in commands(PAGE, "fastpref") if line[1] == "rewards")
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +40,17 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(fastpref.integrations.trl, name, small)
 
 
-def test_trl():
+def test_trl(monkeypatch):
     names: dict = {}
     exec(TVKD, names)
     assert names["trainer"].state.global_step == 4
     exec(DRDO, names)
     assert Path("student-drdo/reward_head.safetensors").is_file()
+    monkeypatch.setattr(sys, "argv", REWARDS)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert {"chosen_reward", "rejected_reward"} <= set(read_rows(REWARDS[-1]).column_names)
     exec(SCORE, names)
     assert names["reward"].isfinite() and names["reward"] != 0
     for code in (SIMPO, DCKD, MIXED):

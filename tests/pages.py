@@ -1,0 +1,33 @@
+"""The blocks of code on the pages, for the tests that execute them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def pages() -> list[str]:
+    """Every page that is for readers, by its path in the repository."""
+    found = ["README.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md"]
+    return [path.relative_to(ROOT).as_posix() for name in found for path in ROOT.glob(name)]
+
+
+def all_blocks(page: str) -> list[tuple[str, str]]:
+    """The language and the code of every fenced block."""
+    text = (ROOT / page).read_text("utf-8")
+    return re.findall(r"^ *```([^\n`]*)\n(.*?)^ *```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str, language: str = "python") -> list[str]:
+    """The code of a page's blocks in one language."""
+    return [code for name, code in all_blocks(page) if name == language]
+
+
+def commands(page: str, name: str = "") -> list[list[str]]:
+    """The words of the command lines in a page's shell blocks that begin with a name."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and line[0].startswith(name)]

@@ -1,0 +1,68 @@
+"""The code in docs/start.md runs from top to bottom, with tiny models for those of the package."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pages import ROOT, blocks, commands
+from tiny_models import tiny_model
+from training import SETTINGS, TOKENIZER
+
+import fastpref.integrations.trl
+from fastpref.cli import main
+
+PAGE = "docs/start.md"
+SMALL = {
+    "train": "--use_cpu --report_to none --disable_tqdm true --save_strategy no --max_length 64",
+    "values": "--max-length 64",
+    "inspect": "",
+}
+
+
+def test_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    models = {
+        name: tiny_model(TOKENIZER, seed=seed, max_position_embeddings=2048).train()
+        for seed, name in enumerate(("smollm2-4-layers", "smollm2"))
+    }
+    for name, model in models.items():
+        model.save_pretrained(f"examples/outputs/{name}")
+        TOKENIZER.save_pretrained(f"examples/outputs/{name}")
+    lines = (ROOT / "examples/pairs.jsonl").read_text("utf-8").splitlines()[:4]
+    Path("examples/pairs.jsonl").write_text("\n".join(lines), "utf-8")
+
+    call, others, loop, trainer = blocks(PAGE)
+    names: dict = {"tokenizer": TOKENIZER}
+    names["student"], names["teacher"] = models.values()
+    exec(call, names)
+    logits = names["hidden"] @ names["head"].T
+    labels = names["labels"]
+    picked = logits.log_softmax(-1).gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2)
+    sums = torch.where(labels == -100, 0, picked).sum(1)
+    chosen, rejected = (0.01 * sums - names["shaping"]).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+    torch.testing.assert_close(names["out"].loss, expected)
+    exec(others, names)
+    assert names["logps"].shape == (4, 6) and names["out"].loss.isfinite()
+    exec(loop, names)
+    assert names["student"].lm_head.weight.grad.any()
+
+    trl = fastpref.integrations.trl
+    small = functools.partial(trl.TVKDConfig, max_length=64, **SETTINGS)
+    monkeypatch.setattr(trl, "TVKDConfig", small)
+    exec(trainer, names)
+    assert names["trainer"].state.global_step == 5
+
+    for command in commands(PAGE, "fastpref"):
+        monkeypatch.setattr(sys, "argv", [*command, *SMALL[command[1]].split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, ended.value.code
+    assert Path("student-tvkd/model.safetensors").is_file()
+    assert "value" in capsys.readouterr().out and "</html>" in Path("report.html").read_text(
+        "utf-8"
+    )
