@@ -37,7 +37,7 @@ def gradient(model):
 
 
 expected = gradient(tiny_model())
-given = {
+names = {
     "fastpref": fastpref,
     "fully_shard": fully_shard,
     "DistributedDataParallel": DistributedDataParallel,
@@ -49,7 +49,7 @@ given = {
     "shaping": data.shaping,
 }
 for code in (AT_HEAD, FSDP2, SHARDED):
-    names = given | {"model": tiny_model()}
+    names["model"] = tiny_model()
     exec(code, names)
     if code is SHARDED:
         names["loss"].backward()
@@ -59,11 +59,8 @@ for code in (AT_HEAD, FSDP2, SHARDED):
 one = tiny_model()
 shard = one.lm_head.weight.detach().tensor_split(world)[rank].requires_grad_()
 hidden = one.model(input_ids=data.tokens).last_hidden_state[:, :-1].detach()
-group = dist.group.WORLD
-exec(
-    GROUP,
-    names := given | {"weight_shard": shard, "tensor_parallel_group": group, "hidden": hidden},
-)
+names |= {"weight_shard": shard, "tensor_parallel_group": dist.group.WORLD, "hidden": hidden}
+exec(GROUP, names)
 names["loss"].backward()
 rows = expected.tensor_split(world)[rank]
 torch.testing.assert_close(shard.grad, rows, rtol=1e-4, atol=1e-6)

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from pages import ROOT, blocks, commands
-from tiny_models import tiny_model
+from pages import blocks, commands
+from tiny_models import rows, tiny_model
 from training import SETTINGS, TOKENIZER
 
 import fastpref.integrations.trl
 from fastpref.cli import main
 
 PAGE = "docs/start.md"
-SMALL = {
-    "train": "--use_cpu --report_to none --disable_tqdm true --save_strategy no --max_length 64",
-    "values": "--max-length 64",
-    "inspect": "",
-}
+SMALL = "--use_cpu --report_to none --disable_tqdm true --save_strategy no".split()
 
 
 def test_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     models = {
-        name: tiny_model(TOKENIZER, seed=seed, max_position_embeddings=2048).train()
+        name: tiny_model(TOKENIZER, seed=seed).train()
         for seed, name in enumerate(("smollm2-4-layers", "smollm2"))
     }
     for name, model in models.items():
         model.save_pretrained(f"examples/outputs/{name}")
         TOKENIZER.save_pretrained(f"examples/outputs/{name}")
-    lines = (ROOT / "examples/pairs.jsonl").read_text("utf-8").splitlines()[:4]
-    Path("examples/pairs.jsonl").write_text("\n".join(lines), "utf-8")
+    Path("examples/pairs.jsonl").write_text("\n".join(map(json.dumps, rows(4))), "utf-8")
 
     call, others, loop, trainer = blocks(PAGE)
     names: dict = {"tokenizer": TOKENIZER}
@@ -52,13 +48,13 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     assert names["student"].lm_head.weight.grad.any()
 
     trl = fastpref.integrations.trl
-    small = functools.partial(trl.TVKDConfig, max_length=64, **SETTINGS)
+    small = functools.partial(trl.TVKDConfig, **SETTINGS)
     monkeypatch.setattr(trl, "TVKDConfig", small)
     exec(trainer, names)
     assert names["trainer"].state.global_step == 5
 
     for command in commands(PAGE, "fastpref"):
-        monkeypatch.setattr(sys, "argv", [*command, *SMALL[command[1]].split()])
+        monkeypatch.setattr(sys, "argv", command + (SMALL if command[1] == "train" else []))
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0, ended.value.code
