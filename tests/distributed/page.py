@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import formulas
 import torch
 import torch.distributed as dist
 from one_process import batch, processes, tiny_model, whole
 from pages import blocks
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import logsigmoid
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -26,17 +26,14 @@ if rank == 0:
 dist.barrier()
 
 
-def gradient(model):
-    """Of the head, from full logits and the page's beta."""
-    logits = model(input_ids=data.tokens).logits[:, :-1]
-    logps = logits.log_softmax(-1).gather(2, data.labels.clamp_min(0).unsqueeze(2)).squeeze(2)
-    sums = torch.where(data.labels == -100, 0, logps).sum(1)
-    chosen, rejected = (0.01 * sums - data.shaping).chunk(2)
-    (-logsigmoid(chosen - rejected).mean()).backward()
-    return model.lm_head.weight.grad
+def hidden_states(model):
+    return model.model(input_ids=data.tokens).last_hidden_state[:, :-1]
 
 
-expected = gradient(tiny_model())
+plain = tiny_model()
+weight = plain.lm_head.weight
+formulas.tvkd_loss(hidden_states(plain), weight, data.labels, data.shaping, beta=0.01).backward()
+expected = weight.grad
 names = {
     "fastpref": fastpref,
     "fully_shard": fully_shard,
@@ -56,9 +53,8 @@ for code in (AT_HEAD, FSDP2, SHARDED):
     model = getattr(names["model"], "module", names["model"])
     torch.testing.assert_close(whole(model.lm_head.weight.grad), expected, rtol=1e-4, atol=1e-6)
 
-one = tiny_model()
-shard = one.lm_head.weight.detach().tensor_split(world)[rank].requires_grad_()
-hidden = one.model(input_ids=data.tokens).last_hidden_state[:, :-1].detach()
+shard = weight.detach().tensor_split(world)[rank].requires_grad_()
+hidden = hidden_states(plain).detach()
 names |= {"weight_shard": shard, "tensor_parallel_group": dist.group.WORLD, "hidden": hidden}
 exec(GROUP, names)
 names["loss"].backward()

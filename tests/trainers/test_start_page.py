@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import formulas
 import pytest
 import torch
 from pages import blocks, commands
@@ -35,12 +36,8 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     names: dict = {"tokenizer": TOKENIZER}
     names["student"], names["teacher"] = models.values()
     exec(call, names)
-    logits = names["hidden"] @ names["head"].T
-    labels = names["labels"]
-    picked = logits.log_softmax(-1).gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2)
-    sums = torch.where(labels == -100, 0, picked).sum(1)
-    chosen, rejected = (0.01 * sums - names["shaping"]).chunk(2)
-    expected = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+    given = (names[name] for name in ("hidden", "head", "labels", "shaping"))
+    expected = formulas.tvkd_loss(*given, beta=0.01)
     torch.testing.assert_close(names["out"].loss, expected)
     exec(others, names)
     assert names["logps"].shape == (4, 6) and names["out"].loss.isfinite()
@@ -59,6 +56,5 @@ def test_the_page(tmp_path, monkeypatch, capsys):
             main()
         assert ended.value.code == 0, ended.value.code
     assert Path("student-tvkd/model.safetensors").is_file()
-    assert "value" in capsys.readouterr().out and "</html>" in Path("report.html").read_text(
-        "utf-8"
-    )
+    assert "`value`" in capsys.readouterr().out
+    assert "</html>" in Path("report.html").read_text("utf-8")
