@@ -187,9 +187,7 @@ def documented():
     for room, page in ROOMS.items():
         text = (ROOT / f"docs/reference/{page}.rst").read_text("utf-8")
         assert f".. module:: {room}\n" in text
-        for name in re.findall(
-            r"^\.\. auto(?:function|class|exception):: (\S+)$", text, flags=re.M
-        ):
+        for name in re.findall(r"^\.\. auto(?:function|class):: ([\w.:]+)", text, flags=re.M):
             module, _, name = name.rpartition("::")
             found.append(getattr(importlib.import_module(module or room), name))
     return found
