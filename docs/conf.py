@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "command_options",
     "mathml",
+    "offline",
 ]
 # The source folder is the repository, so that links between its files are links on the site.
 root_doc = "docs/index"
