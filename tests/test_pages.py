@@ -36,9 +36,7 @@ CLAIMS = {
         ("sh", PARSED),  # installs, and runs scripts that take minutes
         ("python", START),
         ("python", START),
-        ("sh", START),
-        ("sh", START),
-        ("sh", START),
+        *[("sh", START)] * 4,
     ],
     "docs/losses.md": [("python", "tests/test_pages.py::test_losses")] * 2,
     "docs/how_it_works.md": [
