@@ -30,7 +30,10 @@ def report(history: list[dict[str, Any]], folder: Path) -> None:
     for name, points in measures.items():
         (first, start), (last, end) = points[0], points[-1]
         table.add_row(name, f"{start:.4g}", f"{end:.4g}", f"{first} to {last}")
-    console.print(table if measures else "nothing was logged: --logging_steps may be too many")
+    if measures:
+        console.print(table)
+    if "loss" not in measures:  # the end of a training logs the rewards of steps that were not
+        console.print("no loss was logged: --logging_steps is more than the steps of the training")
     console.print(f"{folder}: the model", soft_wrap=True)
     if measures and find_spec("matplotlib"):
         file = folder / "training.png"
