@@ -1,6 +1,7 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make docs: the documentation as a site, in build/site.
-# make check-install: the wheel in clean environments, a few minutes.
+# make check-install: wheel, sdist and Hub package in clean environments, a few minutes.
+# make wheel: sdist and wheel of a clean tree in dist/.  make hub-kernels: build/hub-kernels.
 # make faults: kills and full disks, ten minutes.  make audit: known vulnerabilities; needs network.
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
 # make load: 20 000 random steps in one process, five minutes.
@@ -20,7 +21,8 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint docs check-install faults load errors audit gpu-check peer-tests mutation
+.PHONY: demo test lint docs check-install wheel hub-kernels faults load errors audit gpu-check \
+	peer-tests mutation
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -42,6 +44,20 @@ docs: .venv/.installed
 
 check-install:
 	$(PYTHON) .ci/check_install.py
+
+# docs/releases.md.
+wheel: .venv-release/.installed
+	.venv-release/bin/python .ci/wheel.py
+
+.venv-release/.installed: constraints.txt Makefile
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install -c constraints.txt build twine
+	touch $@
+
+# The kernels as the Hub's library `kernels` loads them: docs/hub_kernels.md.
+hub-kernels:
+	rm -rf build/hub-kernels
+	$(PYTHON) .ci/hub_kernels.py build/hub-kernels
 
 # docs/reliability.md. MODULE= says which files or folders, EACH= how many mutants of each file.
 # First every test runs once, to see what it touches; what was found is kept in build/mutation.
