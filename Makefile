@@ -45,7 +45,7 @@ docs: .venv/.installed
 check-install:
 	$(PYTHON) .ci/check_install.py
 
-# docs/releases.md.
+# Of a tree without changes, and a version that has its entry in CHANGELOG.md.
 wheel: .venv-release/.installed
 	.venv-release/bin/python .ci/wheel.py
 
