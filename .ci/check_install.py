@@ -1,10 +1,11 @@
-"""Build the wheel, install it into clean environments, and run there what the README promises.
+"""Build sdist and wheel, install them into clean environments, and run what the README promises.
 
 .ci/check_install.py       all environments; `make check-install` calls it
 .ci/check_install.py NAME  the checks of one environment, called by that environment's Python
 
 An environment is a virtual environment that sees neither this repository nor the Python that runs
-this script. PyTorch is installed once; each environment starts as a copy of that.
+this script. PyTorch is installed once; each environment starts as a copy of that, and that of the
+Hub's library as a copy of the one with Triton.
 """
 
 import importlib
@@ -18,6 +19,7 @@ import sysconfig
 import time
 import zipfile
 from collections.abc import Callable
+from email.parser import Parser
 from glob import glob
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,7 +29,6 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("fastpref", "kernels", "pyproject.toml", "README.md", "LICENSE")
 ADVICE = ": pip install '.[{}]' in a clone of fastpref"
 
 
@@ -49,25 +50,33 @@ def main() -> None:
         empty = folder / "empty"
         empty.mkdir()
         start = time.monotonic()
-        run(sys.executable, "-m", "venv", folder / "base")
-        python = python_of(folder / "base")
         constraints = ("-c", ROOT / "constraints.txt")
-        pip(python, "install", *constraints, "torch")
-        copy_sources(folder / "source")
-        pip(python, "wheel", "--no-deps", "-w", folder, folder / "source")
-        (wheel,) = folder.glob("*.whl")
-        check_wheel(wheel, folder / "source")
-        print(f"wheel and PyTorch: {time.monotonic() - start:.0f} s", flush=True)
+        run(sys.executable, "-m", "venv", folder / "build")
+        python = python_of(folder / "build")
+        pip(python, "install", *constraints, "build", "hatchling", "twine")
+        build = (python, "-m", "build", "--no-isolation")
+        run(*build, "--outdir", folder / "dist", ROOT)  # the wheel from the sdist
+        run(*build, "--wheel", "--outdir", folder / "tree", ROOT)
+        sdist, wheel = one_file(folder / "dist", ".tar.gz"), one_file(folder / "dist", ".whl")
+        check_wheel(wheel)
+        assert wheel.read_bytes() == one_file(folder / "tree", ".whl").read_bytes()
+        run(python, "-m", "twine", "check", "--strict", sdist, wheel)  # README is rendered, too
+        run(sys.executable, "-m", "venv", folder / "base")
+        pip(python_of(folder / "base"), "install", *constraints, "torch")
+        print(f"sdist, wheel and PyTorch: {time.monotonic() - start:.0f} s", flush=True)
         for environment in CHECKS:
             start = time.monotonic()
             copy = folder / environment
-            shutil.copytree(folder / "base", copy, symlinks=True, copy_function=os.link)
+            start_from = folder / ("triton" if environment == "hub" else "base")
+            shutil.copytree(start_from, copy, symlinks=True, copy_function=os.link)
             python = python_of(copy)
-            extra = "" if environment == "bare" else f"[{environment}]"
-            pip(python, "install", *constraints, f"{wheel}{extra}")
+            # The wheel is made of the sdist: one environment shows that this installs, too.
+            wanted = {"bare": sdist, "hub": "kernels"}.get(environment, f"{wheel}[{environment}]")
+            pip(python, "install", *constraints, wanted)
             run(python, "-I", __file__, environment)
             if environment == "triton":  # its interpreter needs numpy, its compiler does not
                 pip(python, "install", *constraints, "numpy")
+            if environment in ("triton", "hub"):
                 run(python, "-I", __file__, environment, TRITON_INTERPRET="1")
             print(f"{environment}: {time.monotonic() - start:.0f} s", flush=True)
 
@@ -77,26 +86,30 @@ def python_of(environment: Path) -> Path:
     return environment / "bin" / "python"
 
 
-def copy_sources(folder: Path) -> None:
-    """Copy what a build reads: a build in the repository would find what earlier ones left."""
-    folder.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, folder)
+def one_file(folder: Path, suffix: str) -> Path:
+    """The only file with a suffix."""
+    (file,) = folder.glob(f"*{suffix}")
+    return file
 
 
-def check_wheel(wheel: Path, source: Path) -> None:
-    """No module has been forgotten, and nothing else is in the wheel."""
-    modules = glob("fastpref/**/*.py", root_dir=source, recursive=True)
-    packed = zipfile.ZipFile(wheel).namelist()
+def check_wheel(wheel: Path) -> None:
+    """No module has been forgotten, nothing else is in the wheel, and the metadata is whole."""
+    modules = glob("fastpref/**/*.py", root_dir=ROOT, recursive=True)
+    archive = zipfile.ZipFile(wheel)
+    packed = archive.namelist()
     ours = [name for name in packed if ".dist-info/" not in name]
-    others = glob("fastpref/inspection/template/*", root_dir=source)
+    others = glob("fastpref/inspection/template/*", root_dir=ROOT)
     assert len(others) == 3, others
     assert sorted(ours) == sorted([*modules, *others, "fastpref/py.typed"]), ours
     assert "fastpref/kernels/tiles.py" in ours
+    (licence,) = (name for name in packed if name.endswith(".dist-info/licenses/LICENSE"))
+    assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    (name,) = (name for name in packed if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload() == (ROOT / "README.md").read_text("utf-8")
 
 
 def check_bare() -> None:
@@ -162,9 +175,38 @@ def check_trl() -> None:
     assert trainer.train().global_step == 1
 
 
+def check_hub() -> None:
+    """The Hub's library loads the package of kernels, with fastpref beside it."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    layout = runpy.run_path(str(ROOT / ".ci" / "hub_kernels.py"))
+    layout["main"](Path("build", "hub-kernels"))
+
+    import torch
+    from hub_package import check_page, operators
+    from kernels._rust import Digest, DigestAlgorithm
+
+    import fastpref.ops
+    from kernels import get_loaded_kernels
+
+    package = check_page()
+    (loaded,) = get_loaded_kernels()
+    assert package.__name__ == loaded.metadata.id
+    assert operators(package.__name__) < operators("fastpref")
+    assert package.ops.backend.uses_triton(torch.zeros(1)) == (
+        os.environ.get("TRITON_INTERPRET") == "1"
+    )
+    assert package.__all__ == fastpref.ops.__all__
+    check_loss()
+    for variant in Path("build", "hub-kernels", "build").iterdir():
+        metadata = json.loads((variant / "metadata.json").read_text("utf-8"))
+        found = Digest.hash_variant(DigestAlgorithm.SHA256, variant)
+        assert found.files == metadata["digest"]["files"], variant
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "bare": check_bare,
     "triton": check_triton,
+    "hub": check_hub,
     "teacher": check_teacher,
     "trl": check_trl,
 }

@@ -69,8 +69,8 @@ def refuse_unknown_version(version: str, changelog: list[str]) -> None:
     """Refuse a version of which the changelog says nothing, or that is not its newest."""
     if version not in changelog[:1]:
         raise SystemExit(
-            f"make wheel: fastpref.__version__ is {version}, but the newest version in CHANGELOG.md "
-            f"is {changelog[0] if changelog else 'none'}"
+            f"make wheel: fastpref.__version__ is {version}, but the newest version in "
+            f"CHANGELOG.md is {changelog[0] if changelog else 'none'}"
         )
 
 
