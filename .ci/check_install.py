@@ -188,7 +188,7 @@ def check_hub() -> None:
     import fastpref.ops
     from kernels import get_loaded_kernels
 
-    package = check_page()
+    package = check_page("docs/hub_kernels.md")
     (loaded,) = get_loaded_kernels()
     assert package.__name__ == loaded.metadata.id
     assert operators(package.__name__) < operators("fastpref")

@@ -1,4 +1,4 @@
-"""What docs/hub_kernels.md says of the package for the Hub's library, against plain PyTorch."""
+"""A page's code that uses the package for the Hub's library, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ import torch
 from closeness import assert_no_worse
 from torch import Tensor
 
-PAGE = Path(__file__).parents[1] / "docs" / "hub_kernels.md"
-(CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
 
 
-def check_page() -> Any:
+def block(page: str, language: str) -> str:
+    """The only block of a page in one language."""
+    text = (ROOT / page).read_text("utf-8")
+    (code,) = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return str(code)
+
+
+def check_page(page: str) -> Any:
     """Run the page's code, hold its numbers and gradients, and return the package."""
     found: dict[str, Any] = {}
-    exec(CODE, found)
+    exec(block(page, "python"), found)
     hidden, weight = found["hidden"], found["weight"]
     gradients = (hidden.grad, weight.grad)
     values = (found["logps"], found["values"], found["divergence"], *gradients)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from hub_package import check_page, operators
+from hub_package import block, check_page, operators
 
 import fastpref
 
 ROOT = Path(__file__).parents[1]
+PAGE = "docs/hub_kernels.md"
 SCRIPT = runpy.run_path(str(ROOT / ".ci" / "hub_kernels.py"))
 
 
@@ -43,7 +45,16 @@ def load(repository: Path, backend: str = "cpu") -> ModuleType:
 def test_the_page(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_local_kernel=load))
-    assert check_page().__all__ == fastpref.ops.__all__
+    assert check_page(PAGE).__all__ == fastpref.ops.__all__
+
+
+def test_the_commands_of_the_page():
+    layout, install = block(PAGE, "sh").splitlines()
+    done = subprocess.run(["make", "-n", *layout.split()[1:]], cwd=ROOT, capture_output=True)
+    last = done.stdout.decode().splitlines()[-1]
+    assert last.endswith(" .ci/hub_kernels.py build/hub-kernels")
+    assert '(Path("build/hub-kernels"))' in block(PAGE, "python")
+    assert install == "pip install kernels"
 
 
 def test_copies_do_not_touch_one_another(folder):
