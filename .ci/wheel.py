@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Refuse what must not be released, build, compare, check, and print checksums."""
     refuse_changes(git("status", "--porcelain").decode())
-    refuse_unknown_version(
-        version_of((ROOT / "fastpref" / "__init__.py").read_text("utf-8")),
-        changelog_versions((ROOT / "CHANGELOG.md").read_text("utf-8")),
-    )
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    version = version_of((ROOT / "fastpref" / "__init__.py").read_text("utf-8"))
+    refuse_unknown_version(version, changelog_versions(changelog))
+    refuse_unreleased(changelog)
     # Zip and tar files hold times.
     variables = os.environ | {
         "SOURCE_DATE_EPOCH": git("log", "-1", "--format=%ct").decode().strip()
@@ -71,6 +71,16 @@ def refuse_unknown_version(version: str, changelog: list[str]) -> None:
         raise SystemExit(
             f"make wheel: fastpref.__version__ is {version}, but the newest version in "
             f"CHANGELOG.md is {changelog[0] if changelog else 'none'}"
+        )
+
+
+def refuse_unreleased(changelog: str) -> None:
+    """Refuse changes that the changelog gives no version to: this one would hold them, too."""
+    unreleased = changelog.partition("## [Unreleased]")[2].partition("\n## ")[0]
+    if re.search(r"^- ", unreleased, flags=re.MULTILINE):
+        raise SystemExit(
+            f"make wheel: CHANGELOG.md has changes under Unreleased; move them to a version:"
+            f"{unreleased.rstrip()}"
         )
 
 

@@ -40,6 +40,13 @@ def test_a_version_without_a_date_has_no_entry():
     assert SCRIPT["changelog_versions"](text) == ["0.2.0"]
 
 
+def test_changes_without_a_version_are_refused():
+    text = "## [Unreleased]\n\nNothing yet.\n\n## [0.1.0] - 2026-01-31\n\n### Added\n\n- All.\n"
+    SCRIPT["refuse_unreleased"](text)
+    with pytest.raises(SystemExit, match="under Unreleased.*\n\n### Added\n\n- More"):
+        SCRIPT["refuse_unreleased"](text.replace("Nothing yet.", "### Added\n\n- More"))
+
+
 def test_changes_are_refused():
     SCRIPT["refuse_changes"]("")
     with pytest.raises(SystemExit, match=r"commit these changes.*\n \?\? fastpref/new\.py"):
