@@ -53,14 +53,13 @@ def main() -> None:
         constraints = ("-c", ROOT / "constraints.txt")
         run(sys.executable, "-m", "venv", folder / "build")
         python = python_of(folder / "build")
-        pip(python, "install", *constraints, "build", "hatchling", "twine")
+        pip(python, "install", *constraints, "build", "hatchling")
         build = (python, "-m", "build", "--no-isolation")
         run(*build, "--outdir", folder / "dist", ROOT)  # the wheel from the sdist
         run(*build, "--wheel", "--outdir", folder / "tree", ROOT)
         sdist, wheel = one_file(folder / "dist", ".tar.gz"), one_file(folder / "dist", ".whl")
         check_wheel(wheel)
         assert wheel.read_bytes() == one_file(folder / "tree", ".whl").read_bytes()
-        run(python, "-m", "twine", "check", "--strict", sdist, wheel)  # README is rendered, too
         run(sys.executable, "-m", "venv", folder / "base")
         pip(python_of(folder / "base"), "install", *constraints, "torch")
         print(f"sdist, wheel and PyTorch: {time.monotonic() - start:.0f} s", flush=True)
