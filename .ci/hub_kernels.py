@@ -12,6 +12,7 @@ import ast
 import hashlib
 import json
 import re
+import shutil
 import sys
 import tomllib
 from base64 import b64encode
@@ -39,7 +40,7 @@ license: {license}
 Log-probabilities, statistics and divergences of a language-model head, with gradients, without the
 logits: Triton kernels on GPUs, PyTorch elsewhere. Needs PyTorch 2.10 and Python 3.11, or later.
 
-Functions: {functions}.
+It has {names}.
 """
 
 
@@ -47,6 +48,7 @@ def main(folder: Path) -> None:
     """Write a repository of the Hub: one build for each backend, all of the same sources."""
     general = tomllib.loads((ROOT / "kernels" / "build.toml").read_text("utf-8"))["general"]
     sources = {path: relative(path, text) for path, text in sorted(packed().items())}
+    sources["__init__.py"] = INIT
     content = hashlib.sha256(json.dumps([general, sources]).encode()).hexdigest()[:8]
     folder.mkdir(parents=True)
     for backend in general["backends"]:
@@ -54,7 +56,6 @@ def main(folder: Path) -> None:
         files = {
             path: text.replace(NAMESPACE, f'"{identifier}::') for path, text in sources.items()
         }
-        files["__init__.py"] = INIT
         metadata = {
             "name": general["name"],
             "id": identifier,
@@ -69,8 +70,9 @@ def main(folder: Path) -> None:
             file = folder / "build" / f"torch-{backend}" / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, "utf-8")
-    functions = ", ".join(f"`{name}`" for name in public_names(sources[ENTRY]))
-    (folder / "README.md").write_text(CARD.format(functions=functions, **general), "utf-8")
+    names = ", ".join(f"`{name}`" for name in public_names(sources[ENTRY]))
+    (folder / "README.md").write_text(CARD.format(names=names, **general), "utf-8")
+    shutil.copy(ROOT / "LICENSE", folder)
     print(f"{folder}: {general['name']}, {len(sources)} modules for each of {general['backends']}")
 
 

@@ -105,6 +105,7 @@ def test_another_source_has_another_name(folder, tmp_path, monkeypatch):
     (tmp_path / "kernels").mkdir()
     text = (ROOT / "kernels" / "build.toml").read_text("utf-8")
     (tmp_path / "kernels" / "build.toml").write_text(text.replace("version = 0", "version = 1"))
+    (tmp_path / "LICENSE").touch()
     monkeypatch.setitem(SCRIPT["main"].__globals__, "ROOT", tmp_path)
     SCRIPT["main"](tmp_path / "other")
     path = Path("build", "torch-cpu", "metadata.json")
