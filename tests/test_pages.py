@@ -20,6 +20,7 @@ DISTRIBUTED = "tests/distributed/test_distributed.py::test_ddp_fsdp2_and_tensor_
 VALUES = "tests/teacher/test_docs.py"
 TRAINERS = "tests/trainers/test_trainers_page.py"
 TRAIN = "tests/trainers/test_train_command.py"
+HUB = "tests/test_hub_kernels.py::test_the"
 INSPECT = "tests/inspection/test_inspect_command.py::test_the_page_in_docs"
 # The blocks of each page in their order: the language, and the test that executes the block.
 CLAIMS = {
@@ -66,6 +67,7 @@ CLAIMS = {
         ("python", f"{TRAINERS}::test_the_plain_trainer"),
     ],
     "docs/distributed.md": [("python", DISTRIBUTED)] * 4,
+    "docs/hub_kernels.md": [("sh", f"{HUB}_commands_of_the_page"), ("python", f"{HUB}_page")],
     "docs/evidence.md": [("sh", PARSED)],  # hours
     "examples/README.md": [
         ("sh", PARSED),  # installs
@@ -118,7 +120,7 @@ def test_losses():
 
 
 SCRIPT_RUNNERS = ("python", "accelerate")
-INSTALLED = ("pip", "fastpref", "export")
+INSTALLED = ("pip", "fastpref", "export", "make")
 
 
 @pytest.mark.parametrize("page", CLAIMS)
