@@ -1,0 +1,16 @@
+"""The code of docs/recipes.md, by section."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+
+
+def blocks(section: str, language: str = "python") -> list[str]:
+    """The fenced blocks of a section, in their order."""
+    sections = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    (text,) = [one for one in sections if one.startswith(section + "\n")]
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
