@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     add_fused_head(student)  # before prepare wraps the model
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate)
     collate = partial(fastpref.collate_pairs, tokenizer=tokenizer)
-    loader = DataLoader([*read_rows(args.dataset)], args.batch_size, collate_fn=collate)
+    pairs = [*read_rows(args.dataset)]
+    loader = DataLoader(pairs, args.batch_size, collate_fn=collate, drop_last=True)
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     history, losses, margins = [], [], []
     for batch in loader:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed
 from accelerate import PartialState
 from peft import LoraConfig
 from tiny_models import tiny_model
@@ -85,9 +85,18 @@ def main(folder: Path) -> None:
                 }  # fmt: skip
                 file = folder / f"{make.__name__}-{steps}-{state.num_processes}.pt"
                 torch.save((logged, parameters), file)
-    if state.num_processes > 1:
-        torch.distributed.destroy_process_group()
+
+
+def by_command(arguments: list[str]) -> None:
+    """What ``torchrun -m fastpref ...`` runs in each process, with these arguments."""
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module("fastpref", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, ended.code
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folder, *command = sys.argv[1:]
+    main(Path(folder))
+    by_command(command)
