@@ -72,9 +72,7 @@ class TVKDTrainer(DPOTrainer):
         logps = torch.cat([chosen, rejected])
         lengths = torch.ones_like(logps, dtype=torch.int64)  # read only to normalise by length
         responses = fastpref.Responses(logps, lengths)
-        out = fastpref.losses.tvkd(
-            responses, self.shaping, beta=self.beta, alpha=self.alpha
-        )
+        out = fastpref.losses.tvkd(responses, self.shaping, beta=self.beta, alpha=self.alpha)
         return out.loss, out.chosen_rewards, out.rejected_rewards
 
 

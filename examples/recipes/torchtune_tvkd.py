@@ -44,9 +44,7 @@ class PairsWithShaping(PreferenceDataset):
 def pairs_with_shaping(tokenizer: Any, **load_options: Any) -> PairsWithShaping:
     """Pairs whose `chosen` and `rejected` are whole conversations, from a file."""
     transform = ChosenRejectedToMessages()
-    return PairsWithShaping(
-        tokenizer=tokenizer, message_transform=transform, **load_options
-    )
+    return PairsWithShaping(tokenizer=tokenizer, message_transform=transform, **load_options)
 
 
 def logps_of_responses(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def recipe():
     for name, inside in {"flash_attn": [], "flash_attn.utils": [], "flash_attn.bert_padding": names,
                          "flash_attn.utils.distributed": ["all_gather"]}.items():  # fmt: skip
         module = ModuleType(name)
-        module.__dict__ |= dict.fromkeys(inside)
+        vars(module).update(dict.fromkeys(inside))
         sys.modules[name] = module
     import openrlhf_tvkd
 

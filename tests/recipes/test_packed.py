@@ -58,4 +58,3 @@ def test_packed_is_padded(attention, training):
     )  # fmt: skip
     wrong = student.model(**names["tokens"]).last_hidden_state[0]
     assert (wrong - names["states"]).abs().max() > 0.1  # hence the page's warning
-

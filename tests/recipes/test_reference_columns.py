@@ -43,7 +43,9 @@ def test_dpo_with_these_columns_is_tvkd(tmp_path, monkeypatch, caplog):
         )
         head, labels = lm_head_of(model), batch["labels"]
         options = {"beta": names["beta"], "alpha": names["alpha"]}
-        fastpref.tvkd_loss(states[:, :-1], head, labels, batch["shaping"], **options).loss.backward()
+        fastpref.tvkd_loss(
+            states[:, :-1], head, labels, batch["shaping"], **options
+        ).loss.backward()
         steps[dtype] = torch.cat([one.grad.flatten() for one in model.parameters()])
     exec(TRAINER, names)
     trained = names["trainer"].model.named_parameters()

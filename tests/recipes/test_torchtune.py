@@ -116,7 +116,5 @@ def test_the_recipe_trains(tmp_path):
     assert shaping.tolist() == [0.5, 0.5, -0.25, -0.25]
     assert logged[0]["loss"] == pytest.approx(float(out.loss.detach()), rel=1e-5)
     out.loss.backward()
-    for (name, old), new in zip(
-        before.named_parameters(), recipe._model.parameters(), strict=True
-    ):
+    for (name, old), new in zip(before.named_parameters(), recipe._model.parameters(), strict=True):
         torch.testing.assert_close(new, old - old.grad, rtol=1e-4, atol=1e-5, msg=name)
