@@ -1,8 +1,11 @@
 """TVKD in OpenRLHF's DPO trainer: log-probabilities without the logits, and a loss with shaping.
 
-Make a copy of `openrlhf/cli/train_dpo.py` and replace `DPOTrainer` by `TVKDTrainer`, `RewardDataset`
-by `PairsWithShaping`. The dataset has the columns that `fastpref values` adds. Batches have one
-pair or more (`--train.micro_batch_size`). Written against OpenRLHF 0.11.2.
+In a copy of `openrlhf/cli/train_dpo.py` (0.11.2, against which this was written):
+
+- `PairsWithShaping` takes the place of `RewardDataset`, and `TVKDTrainer` that of `DPOTrainer`;
+- `teach_head(model)` stands after the model is made, and before `strategy.prepare`.
+
+The dataset has the columns that `fastpref values` adds.
 """
 
 from __future__ import annotations

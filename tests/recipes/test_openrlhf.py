@@ -70,17 +70,21 @@ class Strategy:
         return 0.0
 
 
+def conversation(answer):
+    return [{"role": "user", "content": "what"}, {"role": "assistant", "content": answer}]
+
+
 def test_it_trains(recipe):
     from openrlhf.models import Actor
 
-    words = [("the sky is blue", "rain"), ("green", "snow and the long winter nights")]
     pairs = [
         {
-            "chosen": [{"role": "user", "content": "what"}, {"role": "assistant", "content": one}],
-            "rejected": [{"role": "user", "content": "what"}, {"role": "assistant", "content": two}],
+            "chosen": conversation(good), "rejected": conversation(bad),
             "chosen_shaping": 0.5 * index, "rejected_shaping": -0.25,
         }
-        for index, (one, two) in enumerate(words)
+        for index, (good, bad) in enumerate(
+            (("the sky is blue", "rain"), ("green", "snow and the long winter nights"))
+        )
     ]  # fmt: skip
     strategy = Strategy()
     data = recipe.PairsWithShaping(

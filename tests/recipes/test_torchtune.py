@@ -11,14 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-torchtune = pytest.importorskip("torchtune", reason="make recipes installs it")
-import torchtune_tvkd
-from torchtune.data import Message
-from torchtune.models.llama3_1 import llama3_1
-from torchtune.models.llama3_2 import lora_llama3_2
-from torchtune.rlhf import get_batch_log_probs
-
 import fastpref
+
+pytest.importorskip("torchtune", reason="make recipes installs it")
+import torchtune_tvkd  # noqa: E402
+from torchtune.models.llama3_1 import llama3_1  # noqa: E402  # after the skip, as all below
+from torchtune.models.llama3_2 import lora_llama3_2  # noqa: E402
+from torchtune.rlhf import get_batch_log_probs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # of torchao, and of torchtune's imports
 SIZES = {"vocab_size": 40, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16,
@@ -30,15 +29,13 @@ class Words:
 
     pad_id = 0
 
-    def tokenize_messages(self, messages: list[Message], **_: object):
+    def tokenize_messages(self, messages: list, **_: object):
         found = [(1 + ord(one) % 38, each.masked) for each in messages for one in each.text_content]
         return tuple(map(list, zip(*found, strict=True)))
 
 
 def recipe_class():
     """The recipe's own class: torchtune ships recipes as files that nothing may import."""
-    import torchtune
-
     path = importlib.util.find_spec("recipes").submodule_search_locations[0]
     spec = importlib.util.spec_from_file_location("recipe", f"{path}/lora_dpo_single_device.py")
     module = importlib.util.module_from_spec(spec)
@@ -92,10 +89,10 @@ def test_the_recipe_trains(tmp_path):
     recipe._model = lora_llama3_2(**SIZES, **lora)
     recipe._tokenizer, recipe._device = Words(), torch.device("cpu")
     recipe._loss_fn = torchtune_tvkd.TVKDLoss(beta=0.1, alpha=0.7)
-    component = {"_component_": "torchtune_tvkd.pairs_with_shaping", "source": "json",
-                 "data_files": str(file), "split": "train"}  # fmt: skip
     from omegaconf import OmegaConf
 
+    component = {"_component_": "torchtune_tvkd.pairs_with_shaping", "source": "json",
+                 "data_files": str(file), "split": "train"}  # fmt: skip
     recipe._sampler, recipe._dataloader = recipe._setup_data(OmegaConf.create(component), False, 2)
     batch = next(iter(recipe._dataloader))
     before = copy.deepcopy(recipe._model)
