@@ -6,6 +6,7 @@ import re
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import pages
 import pytest
 import torch
 import yaml
@@ -22,7 +23,7 @@ TOKENIZER.pad_token = "<unk>"
 
 @pytest.fixture(scope="module")
 def recipe():
-    pytest.importorskip("axolotl", reason="make recipes installs it")
+    pages.needs("axolotl")
     assert version("trl").startswith("1.9.")  # which axolotl wants, not ours
     import axolotl_tvkd
 
@@ -30,8 +31,12 @@ def recipe():
 
 
 def options_of(recipe):
-    """The YAML of the docstring."""
-    return yaml.safe_load(re.search(r"(?:^    \w+:.*\n)+", recipe.__doc__, flags=re.M)[0])
+    """The page's YAML, which is the docstring's."""
+    (page,) = pages.blocks("axolotl", "yaml")
+    found = yaml.safe_load(page)
+    text = re.search(r"(?:^    \w+:.*\n)+", recipe.__doc__, flags=re.MULTILINE)
+    assert yaml.safe_load(text[0]) == found
+    return found
 
 
 def test_the_plug_in_brings_alpha_to_the_arguments(recipe):

@@ -11,7 +11,9 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
 
-lightning = pytest.importorskip("lightning", reason="make recipes installs it")
+pages.needs("lightning")
+import lightning  # noqa: E402  # after the skip
+
 MODULE, FIT = pages.blocks("Lightning")
 TOKENIZER = tiny_tokenizer()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType, SimpleNamespace
 
+import pages
 import pytest
 import torch
 from datasets import Dataset
@@ -20,7 +21,7 @@ BETA = 0.1
 @pytest.fixture(scope="module")
 def recipe():
     """flash-attn wants a GPU; what OpenRLHF imports of it is used for packed batches only."""
-    pytest.importorskip("openrlhf", reason="make recipes installs it")
+    pages.needs("openrlhf")
     names = ["index_first_axis", "pad_input", "rearrange", "unpad_input"]
     for name, inside in {"flash_attn": [], "flash_attn.utils": [], "flash_attn.bert_padding": names,
                          "flash_attn.utils.distributed": ["all_gather"]}.items():  # fmt: skip

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import json
 from types import SimpleNamespace
 
+import pages
 import pytest
 import torch
+import yaml
+from datasets import Dataset
 
 import fastpref
 
-pytest.importorskip("torchtune", reason="make recipes installs it")
+pages.needs("torchtune")
 import torchtune_tvkd  # noqa: E402
-from torchtune.models.llama3_1 import llama3_1  # noqa: E402  # after the skip, as all below
+from omegaconf import OmegaConf  # noqa: E402  # after the skip, as all below
+from torchtune import config  # noqa: E402
+from torchtune.models.llama3_1 import llama3_1  # noqa: E402
 from torchtune.models.llama3_2 import lora_llama3_2  # noqa: E402
 from torchtune.rlhf import get_batch_log_probs  # noqa: E402
 
@@ -76,8 +80,11 @@ def test_the_recipe_trains(tmp_path):
         }
         for good, bad in (("yes", "nothing"), ("of course", "no"))
     ]  # fmt: skip
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("\n".join(map(json.dumps, pairs)), "utf-8")
+    file = str(tmp_path / "pairs.parquet")
+    Dataset.from_list(pairs).to_parquet(file)
+    options = yaml.safe_load(torchtune_tvkd.__doc__[torchtune_tvkd.__doc__.index("    loss:") :]
+                             .partition("Written")[0])  # fmt: skip
+    options["dataset"]["data_files"] = file
 
     class Recipe(torchtune_tvkd.TVKDRecipe, recipe_class()):
         def save_checkpoint(self, epoch):
@@ -88,12 +95,9 @@ def test_the_recipe_trains(tmp_path):
     lora = {"lora_attn_modules": ["q_proj"], "lora_rank": 2, "lora_alpha": 4}
     recipe._model = lora_llama3_2(**SIZES, **lora)
     recipe._tokenizer, recipe._device = Words(), torch.device("cpu")
-    recipe._loss_fn = torchtune_tvkd.TVKDLoss(beta=0.1, alpha=0.7)
-    from omegaconf import OmegaConf
-
-    component = {"_component_": "torchtune_tvkd.pairs_with_shaping", "source": "json",
-                 "data_files": str(file), "split": "train"}  # fmt: skip
-    recipe._sampler, recipe._dataloader = recipe._setup_data(OmegaConf.create(component), False, 2)
+    options = OmegaConf.create(options)
+    recipe._loss_fn = config.instantiate(options.loss)
+    recipe._sampler, recipe._dataloader = recipe._setup_data(options.dataset, False, 2)
     batch = next(iter(recipe._dataloader))
     before = copy.deepcopy(recipe._model)
     logged = []
@@ -109,7 +113,7 @@ def test_the_recipe_trains(tmp_path):
     tokens, labels, shaping = batch
     logps = get_batch_log_probs(before(tokens), labels)
     lengths = (labels[:, 1:] != -100).sum(1)
-    out = fastpref.losses.tvkd(fastpref.Responses(logps, lengths), shaping, beta=0.1, alpha=0.7)
+    out = fastpref.losses.tvkd(fastpref.Responses(logps, lengths), shaping, beta=0.01, alpha=0.7)
     assert shaping.tolist() == [0.5, 0.5, -0.25, -0.25]
     assert logged[0]["loss"] == pytest.approx(float(out.loss.detach()), rel=1e-5)
     out.loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pages
 import pytest
 import torch
 from datasets import Dataset
@@ -18,7 +19,7 @@ TOKENIZER = tiny_tokenizer()
 
 @pytest.fixture(scope="module")
 def recipe():
-    pytest.importorskip("verl", reason="make recipes installs it")
+    pages.needs("verl")
     import verl_tvkd
 
     return verl_tvkd
