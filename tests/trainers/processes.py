@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import accelerate_loop
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
@@ -85,6 +86,16 @@ def main(folder: Path) -> None:
                 }  # fmt: skip
                 file = folder / f"{make.__name__}-{steps}-{state.num_processes}.pt"
                 torch.save((logged, parameters), file)
+    options = {
+        "student": folder / "student",
+        "dataset": folder / "shaped.parquet",
+        "output_dir": folder / "loop",
+        "batch_size": PAIRS_A_STEP // 2 // state.num_processes,
+    }
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    logged = accelerate_loop.main([*given, "--cpu"])
+    if state.is_main_process:
+        torch.save(logged, folder / f"loop-{state.num_processes}.pt")
 
 
 def by_command(arguments: list[str]) -> None:

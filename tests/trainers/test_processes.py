@@ -13,10 +13,11 @@ from pathlib import Path
 import processes
 import torch
 from tiny_models import rows
-from training import TOKENIZER, assert_same, student
+from training import TOKENIZER, assert_same, dataset, signal, student
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "examples" / "recipes"
 PAGE = (HERE.parents[1] / "docs" / "recipes.md").read_text("utf-8")
 (COMMAND,) = re.findall(r"^torchrun --nproc_per_node 2 -m fastpref (.*)$", PAGE, flags=re.MULTILINE)
 RUN = """
@@ -40,6 +41,7 @@ def test_two_processes_train_as_one(tmp_path):
     student().save_pretrained(tmp_path / "student")
     TOKENIZER.save_pretrained(tmp_path / "student")
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows(8))), "utf-8")
+    dataset(**signal("shaping")).to_parquet(tmp_path / "shaped.parquet")
     (tmp_path / "run.yaml").write_text(RUN, "utf-8")
     command = [str(HERE / "processes.py"), str(tmp_path), *shlex.split(COMMAND)]
     run = subprocess.run(
@@ -50,7 +52,7 @@ def test_two_processes_train_as_one(tmp_path):
         check=False,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (HERE, *HERE.parents[:2]))),
+            "PYTHONPATH": os.pathsep.join(map(str, (HERE, *HERE.parents[:2], EXAMPLES))),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "1",
         },
@@ -61,6 +63,9 @@ def test_two_processes_train_as_one(tmp_path):
     # 8 pairs, 2 on each of two processes: one process would have made 4 steps.
     assert re.search(r"loss +│.*│ 1 to 2", run.stdout), run.stdout[-3000:]
     processes.main(tmp_path)
+    two, one = (torch.load(tmp_path / f"loop-{count}.pt") for count in (2, 1))
+    assert len(two) == 2  # 8 pairs, of which a step of either has 4
+    assert_same(two, one)
     for make in ("tvkd", "tvkd_with_lora", "drdo", "tdpo_and_dpkd"):
         for steps in (1, 2):
             logged, parameters = torch.load(tmp_path / f"{make}-{steps}-2.pt")
