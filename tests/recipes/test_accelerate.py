@@ -6,10 +6,11 @@ import re
 import shlex
 
 import accelerate_loop
-import pages
 import pytest
 import torch
 from datasets import Dataset
+from pages import ROOT
+from recipes_page import section_blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 import fastpref
@@ -54,7 +55,7 @@ def test_accumulated_steps_are_those_of_all_their_pairs(student):
 
 def test_the_commands_of_the_page(tmp_path, monkeypatch, student):
     """The teacher's values and the loop, with tiny models and a launcher that starts no other."""
-    values, launch = pages.blocks("accelerate", "sh")[0].splitlines()
+    values, launch = section_blocks("docs/recipes.md", "accelerate", "sh")[0].splitlines()
     tiny = re.sub(r"meta-llama/\S+", "student", values).replace("pairs.jsonl", "pairs.parquet")
     Dataset.from_list(rows(4)).to_parquet("pairs.parquet")
     (tmp_path / "pairs-with-values.parquet").unlink()
@@ -63,5 +64,5 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, student):
         main()
     assert ended.value.code == 0
     launcher, script, *options = shlex.split(re.sub(r"meta-llama/\S+", "student", launch))[1:]
-    assert launcher == "launch" and (pages.ROOT / script).is_file()
+    assert launcher == "launch" and (ROOT / script).is_file()
     assert len(accelerate_loop.main([*options, "--cpu", "--output_dir", "out"])) == 1

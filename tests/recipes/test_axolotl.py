@@ -6,12 +6,12 @@ import re
 from importlib.metadata import version
 from types import SimpleNamespace
 
-import pages
 import pytest
 import torch
 import yaml
 from datasets import Dataset
 from pairs import pairs_with_shaping, tvkd
+from recipes_page import needs, section_blocks
 from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
@@ -23,7 +23,7 @@ TOKENIZER.pad_token = "<unk>"
 
 @pytest.fixture(scope="module")
 def recipe():
-    pages.needs("axolotl")
+    needs("axolotl")
     assert version("trl").startswith("1.9.")  # which axolotl wants, not ours
     import axolotl_tvkd
 
@@ -32,7 +32,7 @@ def recipe():
 
 def options_of(recipe):
     """The page's YAML, which is the docstring's."""
-    (page,) = pages.blocks("axolotl", "yaml")
+    (page,) = section_blocks("docs/recipes.md", "axolotl", "yaml")
     found = yaml.safe_load(page)
     text = re.search(r"(?:^    \w+:.*\n)+", recipe.__doc__, flags=re.MULTILINE)
     assert yaml.safe_load(text[0]) == found

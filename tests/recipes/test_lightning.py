@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import pages
 import pytest
 import torch
 from datasets import Dataset
 from pairs import pairs_with_shaping, sgd_step, tvkd
+from recipes_page import needs, section_blocks
 from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
 
-pages.needs("lightning")
+needs("lightning")
 import lightning  # noqa: E402  # after the skip
 
-MODULE, FIT = pages.blocks("Lightning")
+MODULE, FIT = section_blocks("docs/recipes.md", "Lightning")
 TOKENIZER = tiny_tokenizer()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from types import ModuleType, SimpleNamespace
 
-import pages
 import pytest
 import torch
 from datasets import Dataset
+from recipes_page import needs
 from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
@@ -21,7 +21,7 @@ BETA = 0.1
 @pytest.fixture(scope="module")
 def recipe():
     """flash-attn wants a GPU; what OpenRLHF imports of it is used for packed batches only."""
-    pages.needs("openrlhf")
+    needs("openrlhf")
     names = ["index_first_axis", "pad_input", "rearrange", "unpad_input"]
     for name, inside in {"flash_attn": [], "flash_attn.utils": [], "flash_attn.bert_padding": names,
                          "flash_attn.utils.distributed": ["all_gather"]}.items():  # fmt: skip

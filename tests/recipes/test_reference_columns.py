@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import pages
 import torch
 import trl
 from closeness import assert_no_worse
 from datasets import Dataset
+from recipes_page import section_blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 import fastpref
 from fastpref.models import head_states, lm_head_of
 
-COLUMNS, TRAINER = pages.blocks("TVKD in a trainer that only knows DPO")
+COLUMNS, TRAINER = section_blocks("docs/recipes.md", "TVKD in a trainer that only knows DPO")
 TOKENIZER = tiny_tokenizer()
 TOKENIZER.pad_token = "<unk>"
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 
-import pages
 import pytest
 import torch
+from recipes_page import section_blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 import fastpref
 from fastpref.models import head_states, lm_head_of
 
-LOGPS, VALUES = pages.blocks("vLLM as a teacher")
+LOGPS, VALUES = section_blocks("docs/recipes.md", "vLLM as a teacher")
 TOKENIZER = tiny_tokenizer()
 NOTHING = -9999.0  # what vLLM writes for minus infinity
 

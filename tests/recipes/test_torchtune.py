@@ -7,15 +7,15 @@ import copy
 import importlib.util
 from types import SimpleNamespace
 
-import pages
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from recipes_page import needs
 
 import fastpref
 
-pages.needs("torchtune")
+needs("torchtune")
 import torchtune_tvkd  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402  # after the skip, as all below
 from torchtune import config  # noqa: E402

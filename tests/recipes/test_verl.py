@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pages
 import pytest
 import torch
 from datasets import Dataset
 from pairs import pairs_with_shaping, tvkd
+from recipes_page import needs
 from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
@@ -19,7 +19,7 @@ TOKENIZER = tiny_tokenizer()
 
 @pytest.fixture(scope="module")
 def recipe():
-    pages.needs("verl")
+    needs("verl")
     import verl_tvkd
 
     return verl_tvkd

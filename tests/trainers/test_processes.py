@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import processes
 import torch
+from pages import commands
 from tiny_models import rows
 from training import TOKENIZER, assert_same, dataset, signal, student
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples" / "recipes"
-PAGE = (HERE.parents[1] / "docs" / "recipes.md").read_text("utf-8")
-(COMMAND,) = re.findall(r"^torchrun --nproc_per_node 2 -m fastpref (.*)$", PAGE, flags=re.MULTILINE)
+(COMMAND,) = commands("docs/recipes.md", "torchrun")
+LAUNCHER = ["torchrun", "--nproc_per_node", "2", "-m", "fastpref"]
 RUN = """
 method: tvkd
 precompute_shaping: false
@@ -43,7 +43,8 @@ def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows(8))), "utf-8")
     dataset(**signal("shaping")).to_parquet(tmp_path / "shaped.parquet")
     (tmp_path / "run.yaml").write_text(RUN, "utf-8")
-    command = [str(HERE / "processes.py"), str(tmp_path), *shlex.split(COMMAND)]
+    command = [str(HERE / "processes.py"), str(tmp_path), *COMMAND[len(LAUNCHER) :]]
+    assert COMMAND[: len(LAUNCHER)] == LAUNCHER
     run = subprocess.run(
         [sys.executable, *launcher, *command],
         cwd=tmp_path,

@@ -1,20 +1,17 @@
-"""The code of docs/recipes.md, by section."""
+"""The code of a page, by section, and what `make recipes` installs."""
 
 from __future__ import annotations
 
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+from pages import ROOT
 
 
-def blocks(section: str, language: str = "python") -> list[str]:
+def section_blocks(page: str, section: str, language: str = "python") -> list[str]:
     """The fenced blocks of a section, in their order."""
-    sections = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    sections = re.split(r"^## ", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)
     (text,) = [one for one in sections if one.startswith(section + "\n")]
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
