@@ -7,6 +7,7 @@
 # make load: 20 000 random steps in one process, five minutes.
 # make peer-tests TRL=<checkout> LIGER=<checkout> CCE=<checkout>: their tests of our functions.
 # make errors: rounding errors beside other libraries, six minutes.
+# make recipes: docs/recipes.md with the real packages, in folders of their own; a few minutes.
 # make mutation: changes the code in small ways, and shows what no test notices; an hour or more.
 # All that is needed is Python 3.11 or later: the first call creates .venv.
 
@@ -21,8 +22,8 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint docs check-install wheel hub-kernels faults load errors audit gpu-check \
-	peer-tests mutation
+.PHONY: demo test lint docs check-install wheel hub-kernels recipes faults load errors audit \
+	gpu-check peer-tests mutation
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -110,6 +111,18 @@ peer-tests: .venv/.installed
 errors: export PYTHONPATH := tests
 errors: .venv/.installed
 	$(BIN)/python benchmarks/errors.py
+
+# Each tool in a folder that is put before what .venv has: some want other versions than we do.
+# pip resolves nothing, or it would exchange torch; the lists are all that the tests import.
+recipes: $(addprefix recipes-,$(basename $(notdir $(wildcard tests/recipes/packages/*.txt))))
+recipes-%: build/recipes/%/.installed
+	PYTHONPATH=$(<D) TRL_EXPERIMENTAL_SILENCE=1 OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -q -n 0 tests/recipes/test_$*.py
+build/recipes/%/.installed: tests/recipes/packages/%.txt .venv/.installed
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) -r $<
+	touch $@
+.PRECIOUS: build/recipes/%/.installed
 
 # Known vulnerabilities in the versions that this repository is developed with.
 audit:

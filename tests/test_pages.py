@@ -22,6 +22,8 @@ TRAINERS = "tests/trainers/test_trainers_page.py"
 TRAIN = "tests/trainers/test_train_command.py"
 HUB = "tests/test_hub_kernels.py::test_the"
 INSPECT = "tests/inspection/test_inspect_command.py::test_the_page_in_docs"
+RECIPES = "tests/recipes"
+REFERENCE = "test_dpo_with_these_columns_is_tvkd"
 # The blocks of each page in their order: the language, and the test that executes the block.
 CLAIMS = {
     "README.md": [
@@ -67,6 +69,16 @@ CLAIMS = {
         ("python", f"{TRAINERS}::test_the_plain_trainer"),
     ],
     "docs/distributed.md": [("python", DISTRIBUTED)] * 4,
+    "docs/recipes.md": [
+        ("sh", f"{RECIPES}/test_accelerate.py::test_the_commands_of_the_page"),
+        ("sh", "tests/trainers/test_processes.py::test_two_processes_train_as_one"),
+        *[("python", f"{RECIPES}/test_packed.py::test_packed_is_padded")] * 2,
+        *[("python", f"{RECIPES}/test_reference_columns.py::{REFERENCE}")] * 2,
+        *[("python", f"{RECIPES}/test_servers.py::test_columns_of_servers")] * 2,
+        *[("python", f"{RECIPES}/test_lightning.py::test_fit")] * 2,  # by `make recipes`
+        # by `make recipes`
+        ("yaml", f"{RECIPES}/test_axolotl.py::test_the_plug_in_brings_alpha_to_the_arguments"),
+    ],
     "docs/hub_kernels.md": [("sh", f"{HUB}_commands_of_the_page"), ("python", f"{HUB}_page")],
     "docs/evidence.md": [("sh", PARSED)],  # hours
     "examples/README.md": [
@@ -120,7 +132,7 @@ def test_losses():
 
 
 SCRIPT_RUNNERS = ("python", "accelerate")
-INSTALLED = ("pip", "fastpref", "export", "make")
+INSTALLED = ("pip", "fastpref", "export", "make", "torchrun")
 
 
 @pytest.mark.parametrize("page", CLAIMS)

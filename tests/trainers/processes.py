@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
+import accelerate_loop
 import torch
-import torch.distributed
 from accelerate import PartialState
 from peft import LoraConfig
 from tiny_models import tiny_model
@@ -85,9 +86,28 @@ def main(folder: Path) -> None:
                 }  # fmt: skip
                 file = folder / f"{make.__name__}-{steps}-{state.num_processes}.pt"
                 torch.save((logged, parameters), file)
-    if state.num_processes > 1:
-        torch.distributed.destroy_process_group()
+    options = {
+        "student": folder / "student",
+        "dataset": folder / "shaped.parquet",
+        "output_dir": folder / "loop",
+        "batch_size": PAIRS_A_STEP // 2 // state.num_processes,
+    }
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    logged = accelerate_loop.main([*given, "--cpu"])
+    if state.is_main_process:
+        torch.save(logged, folder / f"loop-{state.num_processes}.pt")
+
+
+def by_command(arguments: list[str]) -> None:
+    """What ``torchrun -m fastpref ...`` runs in each process, with these arguments."""
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module("fastpref", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, ended.code
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folder, *command = sys.argv[1:]
+    main(Path(folder))
+    by_command(command)
