@@ -1,6 +1,7 @@
 # make demo: peak memory and time on a real model.  make test: the whole suite.  make lint: style, types.
 # make docs: the documentation as a site, in build/site.
 # make check-install: wheel, sdist and Hub package in clean environments, a few minutes.
+# make test-matrix: the suite with other versions of PyTorch, Triton and TRL: docs/versions.md.
 # make wheel: sdist and wheel of a clean tree in dist/.  make hub-kernels: build/hub-kernels.
 # make faults: kills and full disks, ten minutes.  make audit: known vulnerabilities; needs network.
 # make gpu-check: kernels on a GPU, and under compute-sanitizer.
@@ -22,8 +23,8 @@ INTERPRETED := tests/kernels tests/ops tests/test_responses.py tests/teacher/tes
 	--ignore-glob='tests/ops/test_linear_divergence_*' --ignore-glob='tests/ops/test_linear_[ct]*' \
 	-k 'not compile and not opcheck'
 
-.PHONY: demo test lint docs check-install wheel hub-kernels recipes faults load errors audit \
-	gpu-check peer-tests mutation
+.PHONY: demo test test-matrix lint docs check-install wheel hub-kernels recipes faults load errors \
+	audit gpu-check peer-tests mutation
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
@@ -33,6 +34,13 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/pytest -q $(WORKERS) tests
 	TRITON_INTERPRET=1 $(BIN)/pytest -q $(WORKERS) $(INTERPRETED)
+
+# MATRIX= says which combinations, TESTS= which files or folders.
+MATRIX :=
+TESTS := tests
+test-matrix: .venv/.installed
+	$(BIN)/python .ci/matrix.py $(MATRIX) --tests "$(TESTS)" --workers="$(WORKERS)" \
+		--interpreted "$(INTERPRETED)"
 
 lint: .venv/.installed
 	$(BIN)/ruff check

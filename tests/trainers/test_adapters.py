@@ -62,7 +62,7 @@ def test_the_frozen_head_takes_two_passes_and_gets_no_gradient(tmp_path):
 def test_an_adapter_on_the_head_is_refused(tmp_path, wrapped):
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
     model = get_peft_model(student(), config) if wrapped else student()
-    with pytest.raises(ValueError, match="lm_head"):
+    with pytest.raises(ValueError, match="head"):
         tvkd(tmp_path, model, **({} if wrapped else {"peft_config": config}))
 
 

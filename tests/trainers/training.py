@@ -71,6 +71,7 @@ def trainer(
     options = {"train_dataset": dataset(), "processing_class": TOKENIZER, **options}
     args = config(str(folder), **SETTINGS | (settings or {}))
     model = model if isinstance(model, str) else copy.deepcopy(model)
+    torch.manual_seed(0)  # TRL 1.14 draws an adapter's weights before it seeds
     return cls(model, args=args, **options)
 
 

@@ -15,9 +15,11 @@ from fastpref.extras import require_extra
 _MODULES = ("accelerate", "datasets", "safetensors", "transformers", "trl")
 require_extra("trl", "fastpref.integrations.trl", *_MODULES)
 _TRL = version("trl")
-if _TRL.split(".")[:2] != ["1", "16"]:  # any release may change the methods that we override
+# Any release may change the methods that we override: the range is that of pyproject.toml.
+if _TRL.split(".")[:2] not in (["1", "14"], ["1", "15"], ["1", "16"]):
     raise ImportError(
-        f"fastpref.integrations.trl: expected TRL 1.16, got {_TRL}; pip install 'trl>=1.16,<1.17'"
+        f"fastpref.integrations.trl: expected TRL 1.14 to 1.16, got {_TRL}; "
+        "pip install 'trl>=1.14,<1.17'"
     )
 
 from fastpref.integrations.trl.config import (  # noqa: E402  # after the check

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer import utils as trl_utils
 
 from fastpref.integrations.trl import metrics
 from fastpref.integrations.trl.batches import mismatched, shifted_labels
@@ -58,7 +58,7 @@ class ReadsModels(SavesRewardHead):
         adapter: AbstractContextManager[None] = nullcontext()
         if self.ref_model is None and is_peft_model(student):
             name = "ref" if "ref" in student.peft_config else None
-            adapter = use_adapter(student, adapter_name=name)
+            adapter = trl_utils.use_adapter(student, adapter_name=name)
         kept: list[Reading] = []
         spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
 
@@ -162,8 +162,9 @@ def take_over_head(model: Any) -> None:
     """`add_fused_head`, in place of TRL's own fused head where that is outermost."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = bare.__dict__.get("forward")
-    if inspect.ismethod(forward) and forward.__func__.__globals__ is add_fused_lm_head.__globals__:
-        # TRL has no switch for it: what it covered is a variable of its function (TRL 1.16).
+    if inspect.ismethod(forward) and forward.__func__.__globals__ is vars(trl_utils):
+        # TRL has no switch for it: what it covered is a variable of its function. TRL 1.14 has no
+        # fused head.
         below = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
         del bare.forward
         if below != bare.forward:  # somebody else's, accelerate's hooks for example

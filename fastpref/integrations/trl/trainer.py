@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.models.utils import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from fastpref.checks import refuse
@@ -237,9 +237,11 @@ class PreferenceTrainer(ReadsModels):
 
     def _with_own_responses(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch with the student's responses to its prompts."""
-        checkpointing = self.args.gradient_checkpointing_kwargs
-        options = {"gradient_checkpointing_kwargs": checkpointing}
-        with unwrap_model_for_generation(model, self.accelerator, **options) as student:
+        with (
+            # Until 1.16 TRL turned checkpointing on again with other options than it had.
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            unwrap_model_for_generation(model, self.accelerator) as student,
+        ):
             return written_by(student, inputs, self._tokenizer, self.args.sampling_options())
 
     def _at_head(
