@@ -9,13 +9,23 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from training import SETTINGS, TOKENIZER, assert_same, dataset, history, student, trainer
+from training import (
+    SETTINGS,
+    TOKENIZER,
+    assert_same,
+    dataset,
+    history,
+    needs_trls_trainer,
+    student,
+    trainer,
+)
 from trl import DPOConfig, DPOTrainer
 
 from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer, TVKDConfig, TVKDTrainer
 
 WITH_REFERENCE = {"method": "tvkd", "alpha": 0.0, "reference_free": False}
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+pytestmark = needs_trls_trainer
 
 
 def both(tmp_path, model, *, settings=None, theirs=None, ours=None, **options):

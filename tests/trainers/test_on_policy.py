@@ -8,7 +8,15 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_against_logits import assert_same_gradients, batch_of, naive_loss, preference_trainer
 from tiny_models import conversation
-from training import TOKENIZER, dataset, history, models_for, student, trainer
+from training import (
+    TOKENIZER,
+    dataset,
+    history,
+    models_for,
+    needs_trls_trainer,
+    student,
+    trainer,
+)
 from transformers import GenerationConfig
 from trl import KTOConfig, KTOTrainer
 
@@ -138,6 +146,7 @@ def test_trains(tmp_path, adapter):
     assert "logits/rejected" not in logged[0]
 
 
+@needs_trls_trainer
 def test_kto_follows_trls_own_trainer(tmp_path):
     """Whose dataset has single responses, here in the order of a batch of all pairs."""
     settings = {"train_sampling_strategy": "sequential", "beta": 0.3, "num_train_epochs": 3}
