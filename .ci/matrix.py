@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     """What one run of pytest says at its end."""
 
     counts: dict[str, int]
+    status: int
     seconds: float
 
     def __str__(self) -> str:
@@ -65,7 +66,7 @@ def main() -> int:
         runs = [run(name, python, [*workers, *tests])]
         if interpreted:
             runs.append(run(name, python, [*workers, *interpreted], interpret=True))
-        failed |= any(one.counts["failed"] or not one.counts["passed"] for one in runs)
+        failed |= any(one.status for one in runs)
         seconds = sum(one.seconds for one in runs)
         cells = (name, *versions(python), *runs, *[""] * (2 - len(runs)), f"{seconds:.0f}")
         lines.append(" | ".join(str(cell) for cell in cells))
@@ -131,14 +132,17 @@ def run(name: str, python: Path, arguments: list[str], *, interpret: bool = Fals
     with log.open("w") as file:
         # -P as for the command `pytest`: else the folder kernels/ would be found before others.
         command = [python, "-P", "-m", "pytest", "-q", "-rs", *arguments]
-        subprocess.run(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
-    return Outcome(counts(log.read_text("utf-8")), time.monotonic() - start)
+        ended = subprocess.run(
+            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT
+        )
+    found = counts(log.read_text("utf-8"))
+    return Outcome(found, ended.returncode, time.monotonic() - start)
 
 
 def counts(report: str) -> dict[str, int]:
-    """How many tests passed, failed and were skipped, from the last line of pytest's report."""
-    last = report.strip().rpartition("\n")[2]
-    found = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", last)}
+    """How many tests passed, failed and were skipped: 0 each where pytest did not come to say."""
+    totals = re.findall(r"^=* ?(.*) in [\d.]+s\b", report, flags=re.MULTILINE)
+    found = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", "".join(totals[-1:]))}
     errors = found.get("error", 0) + found.get("errors", 0)
     return {
         "passed": found.get("passed", 0),
