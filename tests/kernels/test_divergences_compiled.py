@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_compiled import FLOATS, TARGETS, Transform, compiled
+from test_compiled import FLOATS, TARGETS, Transform, assert_spills_nothing, compiled
 
 from fastpref.kernels import divergences
 
@@ -76,6 +76,6 @@ def test_fits_and_spills_nothing(
     monkeypatch: pytest.MonkeyPatch, target: str, kernel: tuple, call: object, arguments: tuple
 ) -> None:
     binary = compiled(monkeypatch, target, kernel, call, arguments)
-    assert not any(binary.spills.values()), binary.spills
+    assert_spills_nothing(binary)
     _, shared_limit = TARGETS[target]
     assert binary.shared <= shared_limit

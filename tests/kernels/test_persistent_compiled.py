@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_compiled import KIB, TARGETS, Transform, compiled
+from test_compiled import KIB, TARGETS, Transform, assert_spills_nothing, compiled
 
 from fastpref.kernels import launch, logsumexp, logsumexp_persistent
 
@@ -38,7 +38,7 @@ def projection(dtype: torch.dtype, everything: bool) -> None:
 def test_fits_spills_nothing_and_uses_the_hardware(monkeypatch, target, dtype, everything):
     monkeypatch.setattr(logsumexp, "reads_through_descriptors", lambda *_: True)
     binary = compiled(monkeypatch, target, KERNEL, projection, (dtype, everything))
-    assert not any(binary.spills.values()), binary.spills
+    assert_spills_nothing(binary)
     assert binary.shared <= launch.PERSISTENT_SHARED_BYTES <= TARGETS[target][1]
     for instruction in INSTRUCTIONS[target]:
         assert instruction in binary.assembly

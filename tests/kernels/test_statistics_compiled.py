@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_compiled import FLOATS, TARGETS, Transform, compiled
+from test_compiled import FLOATS, TARGETS, Transform, assert_spills_nothing, compiled
 
 from fastpref.kernels import statistics
 from fastpref.ops.linear_stats_op import Sums
@@ -55,7 +55,7 @@ def test_fits_and_spills_nothing(
     monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype, variant: str, sums: Sums
 ) -> None:
     binary = compiled(monkeypatch, target, KERNEL, statistics_of, (dtype, variant, sums))
-    assert not any(binary.spills.values()), binary.spills
+    assert_spills_nothing(binary)
     _, shared_limit = TARGETS[target]
     assert binary.shared <= shared_limit
 
