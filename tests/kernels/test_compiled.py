@@ -39,9 +39,9 @@ TARGETS = {
 }
 
 
-# Bytes a thread. Tiles were chosen with Triton 3.7; the code that an older one makes needs one or
-# two registers more than a thread has, in four of all these configurations.
-ALLOWED_SPILLS = {"3.5": 8, "3.6": 8}.get(".".join(triton.__version__.split(".")[:2]), 0)
+# Bytes a thread. Tiles were chosen with Triton 3.7; the code that 3.5 makes of them needs one or
+# two registers more than a thread has, in four configurations.
+ALLOWED_SPILLS = {"3.5": 8}.get(".".join(triton.__version__.split(".")[:2]), 0)
 
 
 class Binary(NamedTuple):
