@@ -80,6 +80,7 @@ CLAIMS = {
         ("yaml", f"{RECIPES}/test_axolotl.py::test_the_plug_in_brings_alpha_to_the_arguments"),
     ],
     "docs/hub_kernels.md": [("sh", f"{HUB}_commands_of_the_page"), ("python", f"{HUB}_page")],
+    "docs/versions.md": [("sh", "tests/test_versions.py::test_the_commands")],
     "docs/evidence.md": [("sh", PARSED)],  # hours
     "examples/README.md": [
         ("sh", PARSED),  # installs

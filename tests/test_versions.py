@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pages import commands
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/versions.md").read_text("utf-8")
@@ -62,6 +63,17 @@ def test_the_page_has_the_combinations_that_are_run():
     shown.pop("newest")
     for name, pins in shown.items():
         assert pins == set(matrix.COMBINATIONS[name])
+
+
+def test_the_commands():
+    """They would take hours: their words name a target, combinations and tests that there are."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for make, target, *words in commands("docs/versions.md"):
+        assert make == "make" and f"\n{target}: " in makefile
+        given = dict(word.split("=") for word in words)
+        assert given.keys() <= {"MATRIX", "TESTS"}
+        assert set(given.get("MATRIX", "").split()) <= matrix.COMBINATIONS.keys()
+        assert all((ROOT / one).exists() for one in given.get("TESTS", "").split())
 
 
 def test_the_lowest_versions_are_among_those_that_are_run():
