@@ -18,6 +18,7 @@ from against_torch import (
     randn,
     spread,
     transforms,
+    triton,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every projection reads through descriptors: on the CPU the interpreter does."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a device that copies tiles by itself")
+    if DEVICE == "cpu" and triton.__version__.startswith("3.5."):
+        pytest.skip("Triton 3.5's interpreter takes the bytes between rows for elements")
     found = []
     kernel = logsumexp_persistent.persistent_logsumexp
 
