@@ -29,6 +29,9 @@ def run(monkeypatch, *options):
     return exit_code(launches.main)
 
 
+@pytest.mark.skipif(
+    not hasattr(INTERPRETED, "run"), reason="Triton 3.5 has no method that every launch calls"
+)
 def test_every_function_is_reached_and_none_beyond_a_tensor(monkeypatch, capfd):
     reached = set()
 
