@@ -138,10 +138,17 @@ def test_sampling_is_that_of_the_model(tmp_path):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_trains(tmp_path, adapter):
-    settings = {"gradient_checkpointing": True, "max_new_tokens": 4, "bf16": True, "lmbda": 1.0}
+    """And checkpoints activations as before, though not where it generates."""
+    checkpointing = {"use_reentrant": False, "preserve_rng_state": False}
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": checkpointing}
+    settings |= {"max_new_tokens": 4, "bf16": True, "lmbda": 1.0}
     lora = LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None
     options = {"settings": settings, "peft_config": lora, **models_for("gkd")}
-    logged = history(preference_trainer(tmp_path, "gkd", **options))
+    found = preference_trainer(tmp_path, "gkd", **options)
+    logged = history(found)
+    calls = [getattr(one, "_gradient_checkpointing_func", None) for one in found.model.modules()]
+    kept = [one.keywords for one in calls if one is not None]
+    assert kept and all(one == checkpointing for one in kept)
     assert {"divergence/chosen", "logps/chosen", "logits/chosen"} <= set(logged[0])
     assert "logits/rejected" not in logged[0]
 
