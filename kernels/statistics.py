@@ -106,7 +106,8 @@ def _projection_partials_kernel(
             runner_up = tl.where(tops > 1.0, tile_maximum, runner_up)
             second = tl.maximum(second, runner_up)
             second = tl.maximum(second, tl.minimum(maximum, tile_maximum))
-        difference = tl.maximum(z - reference, -FAR)
+        # Maxima drop NaN on GPUs, and here it is kept: all sums are of these.
+        difference = tl.maximum(z - reference, -FAR, propagate_nan=tl.PropagateNan.ALL)
         exponentials = tl.where(is_top, 0.0, exp(difference))
         tile_others = more_tops + tl.sum(exponentials, axis=1)
 
