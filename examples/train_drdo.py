@@ -24,8 +24,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
+from fastpref.data import read_rows
 from fastpref.integrations.trl import DRDOConfig, DRDOTrainer, OracleConfig, OracleTrainer
-from fastpref.teacher import read_rows
 
 STAGES = {"oracle": (OracleTrainer, OracleConfig), "student": (DRDOTrainer, DRDOConfig)}
 

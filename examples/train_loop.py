@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 import fastpref
+from fastpref.data import read_rows
 from fastpref.models import head_states, lm_head_of
-from fastpref.teacher import read_rows
 
 
 @dataclass

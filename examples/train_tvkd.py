@@ -20,8 +20,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
+from fastpref.data import read_rows
 from fastpref.integrations.trl import TVKDConfig, TVKDTrainer
-from fastpref.teacher import read_rows
 
 
 @dataclass

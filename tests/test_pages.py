@@ -74,8 +74,10 @@ CLAIMS = {
         ("sh", "tests/trainers/test_processes.py::test_two_processes_train_as_one"),
         *[("python", f"{RECIPES}/test_packed.py::test_packed_is_padded")] * 2,
         *[("python", f"{RECIPES}/test_reference_columns.py::{REFERENCE}")] * 2,
-        *[("python", f"{RECIPES}/test_servers.py::test_columns_of_servers")] * 2,
+        ("sh", PARSED),  # servers, which need GPUs
+        *[("python", f"{RECIPES}/test_servers.py::test_columns_of_servers")] * 3,
         *[("python", f"{RECIPES}/test_lightning.py::test_fit")] * 2,  # by `make recipes`
+        ("yaml", f"{RECIPES}/test_torchtune.py::test_the_recipe_trains"),  # by `make recipes`
         # by `make recipes`
         ("yaml", f"{RECIPES}/test_axolotl.py::test_the_plug_in_brings_alpha_to_the_arguments"),
     ],
@@ -133,7 +135,7 @@ def test_losses():
 
 
 SCRIPT_RUNNERS = ("python", "accelerate")
-INSTALLED = ("pip", "fastpref", "export", "make", "torchrun")
+INSTALLED = ("pip", "fastpref", "export", "make", "torchrun", "vllm")
 
 
 @pytest.mark.parametrize("page", CLAIMS)

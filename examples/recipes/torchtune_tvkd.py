@@ -1,19 +1,9 @@
 """TVKD in torchtune's DPO recipes: log-probabilities without the logits, and a loss with shaping.
 
 Make a copy of a recipe (`tune cp lora_dpo_single_device my_recipe.py`), let its class inherit from
-`TVKDRecipe` first, and name the dataset and the loss in its configuration:
+`TVKDRecipe` first, and name the dataset and the loss in its configuration (docs/recipes.md has it):
 
     class MyRecipe(TVKDRecipe, LoRADPORecipeSingleDevice): ...
-
-    loss:
-      _component_: torchtune_tvkd.TVKDLoss
-      beta: 0.01
-      alpha: 0.7
-    dataset:
-      _component_: torchtune_tvkd.pairs_with_shaping
-      source: parquet
-      data_files: pairs-with-values.parquet
-      split: train
 
 Written against torchtune 0.6.1.
 """

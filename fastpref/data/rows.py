@@ -55,7 +55,7 @@ def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         split: Of a saved dataset with several, or of one on the Hub. A file has none.
 
     Returns:
-        The rows: a list for JSON lines and CSV, a ``datasets.Dataset`` otherwise.
+        A list of rows for JSON lines and CSV, a ``datasets.Dataset`` otherwise.
 
     Raises:
         ValueError: No such file or split, a file of another kind, or a line that is not JSON.

@@ -20,7 +20,13 @@ from fastpref.teacher import read_rows
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 PAIRS = EXAMPLES / "pairs.jsonl"
-PUBLIC = {"fastpref", "fastpref.integrations.trl", "fastpref.models", "fastpref.teacher"}
+PUBLIC = {
+    "fastpref",
+    "fastpref.data",
+    "fastpref.integrations.trl",
+    "fastpref.models",
+    "fastpref.teacher",
+}
 ARGUMENTS = {
     "smollm2_tvkd": (train_tvkd.Arguments, train_tvkd.TVKDConfig),
     "llama_tvkd": (train_tvkd.Arguments, train_tvkd.TVKDConfig),

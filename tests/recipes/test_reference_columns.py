@@ -32,7 +32,9 @@ def test_dpo_with_these_columns_is_tvkd(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trl, "DPOConfig", lambda _, **given: config(tmp_path, **given | settings))
     student = tiny_model(TOKENIZER)
     before = {name: value.clone() for name, value in student.named_parameters()}
-    names = {"rows": pairs, "student": student, "tokenizer": TOKENIZER, "Dataset": Dataset}
+    names = {"student": student, "tokenizer": TOKENIZER}
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_list(pairs).to_parquet("pairs-with-values.parquet")
     exec(COLUMNS, names)
     batch = fastpref.collate_pairs(pairs, TOKENIZER)
     steps = {}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from tiny_models import rows, tiny_model, tiny_tokenizer
 import fastpref
 from fastpref.models import head_states, lm_head_of
 
-LOGPS, VALUES = section_blocks("docs/recipes.md", "vLLM as a teacher")
+ASK, LOGPS, VALUES = section_blocks("docs/recipes.md", "vLLM as a teacher")
 TOKENIZER = tiny_tokenizer()
 NOTHING = -9999.0  # what vLLM writes for minus infinity
 
@@ -46,14 +49,36 @@ def server(model, kind):
     return ask
 
 
+@contextmanager
+def served(ask):
+    """The port on which a server answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            assert self.path == "/v1/completions"
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert request.pop("model") == "my-teacher"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(ask(request)).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("localhost", 0), Handler) as found:
+        Thread(target=found.serve_forever, daemon=True).start()
+        yield str(found.server_port)
+        found.shutdown()
+
+
 def test_columns_of_servers():
     model, pairs = tiny_model(TOKENIZER), rows(3)
-    names = {
-        "rows": pairs, "tokenizer": TOKENIZER, "ask": server(model, "raw_logprobs"),
-        "ask_logits": server(model, "raw_logits"),
-    }  # fmt: skip
-    exec(LOGPS, names)
-    exec(VALUES, names)
+    names = {"rows": pairs, "tokenizer": TOKENIZER}
+    kinds = ("raw_logprobs", "raw_logits")
+    with served(server(model, kinds[0])) as first, served(server(model, kinds[1])) as second:
+        exec(ASK.replace("8000", first).replace("8001", second), names)
+        exec(LOGPS, names)
+        exec(VALUES, names)
     batch = fastpref.collate_pairs(rows(3), TOKENIZER)
     labels = batch.pop("labels")
     with torch.no_grad():

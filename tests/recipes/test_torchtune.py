@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from recipes_page import needs
+from recipes_page import needs, section_blocks
 
 import fastpref
 
@@ -82,8 +82,8 @@ def test_the_recipe_trains(tmp_path):
     ]  # fmt: skip
     file = str(tmp_path / "pairs.parquet")
     Dataset.from_list(pairs).to_parquet(file)
-    options = yaml.safe_load(torchtune_tvkd.__doc__[torchtune_tvkd.__doc__.index("    loss:") :]
-                             .partition("Written")[0])  # fmt: skip
+    (page,) = section_blocks("docs/recipes.md", "torchtune", "yaml")
+    options = yaml.safe_load(page)
     options["dataset"]["data_files"] = file
 
     class Recipe(torchtune_tvkd.TVKDRecipe, recipe_class()):

@@ -50,7 +50,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0, ended.value.code
-    for student in ("student-tvkd", "student-from-values"):
+    for student in ("student-tvkd", "student-command", "student-from-values"):
         assert Path(student, "model.safetensors").is_file()
     assert "`value`" in capsys.readouterr().out
     assert "</html>" in Path("report.html").read_text("utf-8")

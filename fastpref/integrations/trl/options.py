@@ -47,7 +47,7 @@ def shaping_options(
         form: The sum over a response; next_value is what the authors' code trains.
         value_beta: Scale of the implicit_reward, what the teacher was aligned with.
         precompute_shaping: Whether to compute the teacher's shaping of the whole dataset before
-            training and let go of the teacher. It then reads its own tokens: any tokenizer will
+            training and free the teacher. It then reads its own tokens: any tokenizer will
             do. The result stays in output_dir and is used again.
         skip_bad_rows: Whether precompute_shaping leaves out rows that the teacher cannot read,
             of the training too, instead of refusing them.
