@@ -53,15 +53,17 @@ def main(argv: list[str] | None = None) -> None:
     def evaluate(when: str) -> None:
         with torch.no_grad():
             outs = [loss_of(batch) for batch in test_loader]
-        margins = torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs])
-        accuracy = (margins > 0).float().mean()
-        print(f"{when} training: margin {margins.mean():.3f}, accuracy {accuracy:.0%}")
+        gaps = torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs])
+        print(
+            f"{when} training: margin {gaps.mean():.3f}, accuracy {gaps.gt(0).float().mean():.0%}"
+        )
 
     evaluate("before")
-    for batch in loader:
-        loss_of(batch).loss.backward()
+    for step, batch in enumerate(loader, 1):
+        (loss := loss_of(batch).loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+        print(f"step {step} of {len(loader)}: loss {loss.item():.3f}", flush=True)
     evaluate("after")
     student.save_pretrained(args.output_dir)
 

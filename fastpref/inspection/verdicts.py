@@ -41,6 +41,8 @@ def verdict(measures: SignalMeasures) -> str:
         f"{sentence[0].upper()}{sentence[1:]}: it ranks the chosen response first in "
         f"{_percent(found.share)} of {measures.pairs} pairs (95 % interval {_interval(found)})."
     )
+    if kind_of(measures) == "too few pairs":
+        sentence += " About 90 pairs are needed, and 800 for small effects."
     if is_length(measures):
         left = measures.without_length
         rest = shortly(left)

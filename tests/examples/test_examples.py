@@ -129,7 +129,8 @@ def test_loop(model, tmp_path, capsys):
     options = {"student": model, "teacher": model, "dataset": PAIRS, "output_dir": tmp_path}
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     train_loop.main([*given, "--learning_rate", "1e-2"])
-    before, after = capsys.readouterr().out.strip().splitlines()
+    before, *steps, after = capsys.readouterr().out.strip().splitlines()
+    assert steps[-1].startswith("step 13 of 13: loss ")
     assert before.startswith("before training: margin") and after.startswith("after training:")
     assert before.split("margin")[1] != after.split("margin")[1]
     assert (tmp_path / "model.safetensors").is_file()

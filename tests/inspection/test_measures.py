@@ -98,7 +98,8 @@ def test_a_signal_without_any_gap_has_no_alpha():
         (60, 200, "worse than chance", "`value` is worse than chance on your pairs: it ranks the "
          "chosen response first in 30 % of 200 pairs (95 % interval 24 to 37 %)."),
         (5, 8, "too few pairs", "Too few pairs to judge this teacher's `value`: it ranks the "
-         "chosen response first in 62 % of 8 pairs (95 % interval 31 to 86 %)."),
+         "chosen response first in 62 % of 8 pairs (95 % interval 31 to 86 %). About 90 pairs "
+         "are needed, and 800 for small effects."),
     ],
 )  # fmt: skip
 def test_verdicts(wins, pairs, kind, says):

@@ -34,6 +34,8 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     given = (names[name] for name in ("hidden", "head", "labels", "shaping"))
     expected = formulas.tvkd_loss(*given, beta=0.01)
     torch.testing.assert_close(names["out"].loss, expected)
+    assert names["out"].loss.item() == pytest.approx(1.10, abs=0.005)  # as the page says
+    assert names["out"].chosen_logps.round().tolist() == [-107, -118]
     exec(others, names)
     assert names["logps"].shape == (4, 6) and names["out"].loss.isfinite()
     exec(loop, names)
@@ -51,6 +53,6 @@ def test_the_page(tmp_path, monkeypatch, capsys):
             main()
         assert ended.value.code == 0, ended.value.code
     for student in ("student-tvkd", "student-command", "student-from-values"):
-        assert Path(student, "model.safetensors").is_file()
+        assert Path("examples/outputs", student, "model.safetensors").is_file()
     assert "`value`" in capsys.readouterr().out
-    assert "</html>" in Path("report.html").read_text("utf-8")
+    assert "</html>" in Path("examples/outputs/report.html").read_text("utf-8")
