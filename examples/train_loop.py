@@ -54,17 +54,15 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             outs = [loss_of(batch) for batch in test_loader]
         gaps = torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs])
-        print(
-            f"{when} training: margin {gaps.mean():.3f}, accuracy {gaps.gt(0).float().mean():.0%}"
-        )
+        print(f"{when}: margin {gaps.mean():.3f}, accuracy {(gaps > 0).float().mean():.0%}")
 
-    evaluate("before")
+    evaluate("before training")
     for step, batch in enumerate(loader, 1):
         (loss := loss_of(batch).loss).backward()
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step} of {len(loader)}: loss {loss.item():.3f}", flush=True)
-    evaluate("after")
+    evaluate("after training")
     student.save_pretrained(args.output_dir)
 
 
