@@ -288,12 +288,16 @@ def check_advice() -> None:
             assert str(error).endswith(ADVICE.format(extra)), error
         else:
             raise AssertionError(f"{name} did not ask for the extra {extra}")
-    for arguments in (["--version"], ["values", "--help"]):
+    for arguments, extra in (
+        (["--version"], "teacher"),
+        (["values", "--help"], "teacher"),
+        (["train", "--help"], "trl"),
+    ):
         done = command(*arguments)
         last_line = done.stderr.splitlines()[-1]  # PyTorch without numpy says so above it
         assert done.returncode == 1 and "Traceback" not in done.stderr, done
         assert last_line.startswith("fastpref: the command needs "), done
-        assert last_line.endswith(ADVICE.format("teacher")), done
+        assert last_line.endswith(ADVICE.format(extra)), done
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

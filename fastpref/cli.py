@@ -28,7 +28,8 @@ from fastpref.teacher.shaping_columns import (
 from fastpref.teacher.store import read_settings
 
 try:
-    require_extra("teacher", "the command", "accelerate", "datasets", "transformers", "typer")
+    extra = "trl" if sys.argv[1:2] == ["train"] else "teacher"
+    require_extra(extra, "the command", "accelerate", "datasets", "transformers", "typer")
     import typer
 
     from fastpref.screen import be_quiet, precomputing, print_verdicts
@@ -225,10 +226,11 @@ def kd_cache(
     dtype: TeachersDtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
-    """Add what a student needs of a teacher at every token, ready for vanilla_kd, dckd and gkd.
+    """Store a teacher's distributions for a dataset.
 
-    Writes the dataset with columns that stand for the teacher in training, whose loss then is the
-    forward KL. Teacher and student have the same tokenizer; the student's template is used.
+    Writes the dataset with columns that stand for the teacher in training by vanilla_kd, dckd and
+    gkd, whose loss then is the forward KL. Teacher and student have the same tokenizer; the
+    student's template is used.
 
     Stopped at any moment and started again with the same arguments, it goes on where it was. On
     several GPUs: torchrun --nproc-per-node 4 -m fastpref kd-cache ...
@@ -262,7 +264,7 @@ def kd_cache(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def train(context: typer.Context) -> None:
-    """Train a student by any of the methods, as trl dpo does: with YAML and TRL's own options."""
+    """Train a student by any method, like trl dpo."""
     from fastpref.integrations.trl.command import run
 
     run(context.args)
@@ -311,7 +313,7 @@ def inspect(
     dtype: TeachersDtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
-    """Ask whether a teacher tells your pairs apart, before you train with it.
+    """Ask whether a teacher tells your pairs apart, before training.
 
     Prints a verdict on each of its signals, and writes a page with the numbers, plots, and the
     shaping of every token of every pair. The page has the text of the pairs in it.
@@ -363,6 +365,9 @@ def _check_source(
         for name, given in beside_values.items():
             if given is not None:
                 refuse(name, "none with --values", repr(given))
+        for file in values:
+            if not file.is_file():
+                refuse("values", "a file that exists", file)
     else:
         for name, given in (("teacher", teacher), ("dataset", dataset)):
             if given is None:

@@ -82,7 +82,7 @@ def collate_pairs(
     ]
     if bad:
         first = str(rows[bad[0].row])
-        raise ValueError(f"rows: {describe(bad)}. The first of them: {first[:200]}")
+        raise ValueError(f"rows: {describe(bad, rows)}. The first of them: {first[:200]}")
     input_ids, attention_mask, labels = pad_pairs(pairs)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     for name, columns in signals.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RESPONSES = ("chosen", "rejected")
 READ = ("prompt", *RESPONSES, "tools", "chat_template_kwargs")  # of a row, to make its tokens
 SHOWN = 10
+MISSING = " is missing"
 SKIP = " (skip_bad_rows leaves them out)"
 
 
@@ -32,16 +33,39 @@ class BadRow(NamedTuple):
 class BadRowsError(ValueError):
     """Rows that cannot be used; all of them are in ``rows``."""
 
-    def __init__(self, rows: list[BadRow], argument: str = "dataset", advice: str = SKIP) -> None:
-        self.rows = rows
-        super().__init__(f"{argument}: {describe(rows)}{advice}")
+    def __init__(
+        self,
+        bad: list[BadRow],
+        argument: str = "dataset",
+        advice: str = SKIP,
+        *,
+        rows: Sequence[Any] | None = None,
+    ) -> None:
+        self.rows = bad
+        if rows is not None and len(bad) == len(rows):
+            advice = ""  # nothing would be left
+        super().__init__(f"{argument}: {describe(bad, rows)}{advice}")
 
 
-def describe(rows: list[BadRow]) -> str:
-    """Name bad rows in a line: the first few with their reasons, and how many there are."""
-    shown = "; ".join(f"row {row}: {reason}" for row, reason in rows[:SHOWN])
-    more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return f"{len(rows)} bad row{'s' if len(rows) > 1 else ''}: {shown}{more}"
+def describe(bad: list[BadRow], rows: Sequence[Any] | None = None) -> str:
+    """Name bad rows in a line: the first few with their reasons, and how many there are.
+
+    Where all of a dataset's ``rows`` are bad for one reason, it is said once.
+    """
+    if rows is not None and len(bad) == len(rows) > 1 and len({one.reason for one in bad}) == 1:
+        return f"all {len(rows)} rows: {bad[0].reason}{_columns_there(bad[0], rows)}"
+    shown = "; ".join(f"row {row}: {reason}" for row, reason in bad[:SHOWN])
+    more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    return f"{len(bad)} bad row{'s' if len(bad) > 1 else ''}: {shown}{more}"
+
+
+def _columns_there(bad: BadRow, rows: Sequence[Any]) -> str:
+    """What rows have where a column is missing: it may have another name."""
+    first = rows[bad.row]
+    if not bad.reason.endswith(MISSING) or not isinstance(first, Mapping):
+        return ""
+    columns = [str(name) for name, value in first.items() if value is not None]
+    return f"; their columns are {', '.join(columns) or 'empty'}"
 
 
 def read_rows(source: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
@@ -159,7 +183,7 @@ def row_defect(row: object) -> str | None:
 
 def _text_defect(column: str, value: object) -> str | None:
     if value is None:
-        return f"{column} is missing"
+        return f"{column}{MISSING}"
     if isinstance(value, str):
         return None
     if not isinstance(value, list):

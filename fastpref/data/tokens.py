@@ -42,12 +42,16 @@ def tokenize_rows(
     sequence; a row whose prompt alone fills it is bad, as is, without ``max_length``, one that
     is longer than the model's context.
     """
+    if not callable(tokenizer):
+        refuse("tokenizer", "a tokenizer of transformers", type(tokenizer).__name__)
     pairs, bad = [], []
     for index, row in enumerate(rows):
         defect = row_defect(row)
         if defect is None:
             try:
                 prompt, chosen, rejected = _tokenize_row(row, tokenizer)
+            except (ImportError, MemoryError):  # no fault of the row
+                raise
             except Exception as error:  # templates raise what they like, jinja2's errors too
                 defect = f"cannot be tokenized: {str(error).splitlines()[0]}"
         if defect is None:

@@ -80,7 +80,7 @@ def precompute(
         context_length=context_length(models),
     )
     if bad and not skip_bad_rows:
-        raise BadRowsError(bad)
+        raise BadRowsError(bad, rows=rows)
     if not pairs:
         refuse("dataset", "at least one preference pair", "none")
     settings: dict[str, Any] = {

@@ -82,7 +82,7 @@ def score(
     if bad:
         if sides == 1:
             bad = [one._replace(reason=one.reason.replace(*RENAMED)) for one in bad]
-        raise BadRowsError(bad, "rows", advice="")
+        raise BadRowsError(bad, "rows", advice="", rows=examples)
     found = torch.empty(len(pairs), sides)
     for batch in plan(pairs, batch_size):
         states, labels = read_states(model, head, batch, check=False, sides=sides)

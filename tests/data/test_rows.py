@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny_models import conversation, rows, tiny_model, tiny_tokenizer
 
+from fastpref.data import collate_pairs
 from fastpref.data.rows import row_defect
 from fastpref.data.tokens import tokenize_rows
 from fastpref.teacher import BadRowsError, add_shaping, load_shaping, read_rows
@@ -82,11 +83,30 @@ def test_templates_that_refuse_a_row_spoil_that_row_only():
 
 def test_many_bad_rows_are_counted(tmp_path):
     tokenizer = tiny_tokenizer()
-    with pytest.raises(BadRowsError, match="30 bad rows: row 0: .*and 20 more") as caught:
+    with pytest.raises(BadRowsError, match="30 bad rows: row 1: .*and 20 more") as caught:
         add_shaping(
-            [BAD["nothing"][0]] * 30, tiny_model(tokenizer), tokenizer, tmp_path / "out.parquet"
+            [GOOD, *[BAD["nothing"][0]] * 30],
+            tiny_model(tokenizer),
+            tokenizer,
+            tmp_path / "out.parquet",
         )
     assert len(caught.value.rows) == 30
+    assert "skip_bad_rows" in str(caught.value)
+
+
+def test_one_defect_of_all_rows_is_said_once(tmp_path):
+    tokenizer = tiny_tokenizer()
+    other = {"prompt": "x", "good": "y", "bad": "z"}
+    reason = "all 4 rows: chosen is missing; their columns are prompt, good, bad"
+    with pytest.raises(BadRowsError, match=f"^dataset: {reason}$"):
+        add_shaping([other] * 4, tiny_model(tokenizer), tokenizer, tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match=f"^rows: {reason}. The first of them: "):
+        collate_pairs([other] * 4, tokenizer)
+    empty = {"prompt": "x", "chosen": " ", "rejected": "z"}
+    with pytest.raises(ValueError, match=r"^rows: all 4 rows: chosen is empty\. The first"):
+        collate_pairs([empty] * 4, tokenizer)
+    with pytest.raises(BadRowsError, match=r"2 bad rows: row 0: .*; row 1: chosen is empty$"):
+        add_shaping([other, empty], tiny_model(tokenizer), tokenizer, tmp_path / "out.parquet")
 
 
 def test_no_rows_are_refused(tmp_path):

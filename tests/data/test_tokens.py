@@ -136,3 +136,17 @@ def test_truncation_keeps_the_start():
     (cut,), _ = tokenize_rows([row], tiny_tokenizer(), max_length=20, context_length=None)
     assert len(cut.prompt) + len(cut.chosen) == 20
     assert cut.chosen.tolist() == whole.chosen[: len(cut.chosen)].tolist()
+
+
+def test_what_is_no_fault_of_a_row_is_raised(monkeypatch):
+    options = {"max_length": None, "context_length": None}
+    with pytest.raises(ValueError, match="^tokenizer: expected a tokenizer .* got NoneType"):
+        tokenize_rows(rows(1), None, **options)
+
+    def without_jinja(*_, **__):
+        raise ImportError("apply_chat_template requires jinja2")
+
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "apply_chat_template", without_jinja)
+    with pytest.raises(ImportError, match="jinja2"):
+        tokenize_rows([conversation("a", "b", "c")], tokenizer, **options)

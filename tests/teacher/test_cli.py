@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -157,6 +158,11 @@ def test_its_version(run):
     assert run("--version") == (0, f"{fastpref.__version__}\n", "")
 
 
+def test_values_that_are_not_there_are_named(run):
+    code, _, _ = run("inspect", "--values", "nofile.parquet", "--output", "report.html")
+    assert code == "fastpref: --values: expected a file that exists, got nofile.parquet"
+
+
 def test_unknown_choices_are_refused_with_the_choices(run):
     code, _, err = run(*VALUES, "--potential", "luck")
     assert code == 2 and "'value', 'max', 'margin', 'expectation', 'implicit_reward'" in err
@@ -166,6 +172,21 @@ def test_unknown_choices_are_refused_with_the_choices(run):
 def test_help_explains(run, arguments):
     _, out, err = run(*arguments)
     assert all(one in out + err for one in ("values", "rewards", "kd-cache", "inspect"))
+
+
+def test_help_cuts_no_summary_off(run):
+    _, out, _ = run("--help")
+    assert "..." not in out.partition("Commands:")[2]
+    assert "Train a student by any method, like trl dpo." in out
+    assert "Store a teacher's distributions for a dataset." in out
+
+
+@pytest.mark.parametrize(("command", "extra"), [("train", "trl"), ("values", "teacher")])
+def test_without_libraries_it_names_the_extra_of_the_command(monkeypatch, command, extra):
+    monkeypatch.setattr("fastpref.extras.find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["fastpref", command])
+    with pytest.raises(SystemExit, match=rf"pip install '\.\[{extra}\]'"):
+        runpy.run_path(cli.__file__)
 
 
 VALUES_OPTIONS = "teacher dataset output potential gamma reference beta max-length per-token"

@@ -10,12 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from pages import blocks, commands
 from tiny_models import rows, tiny_model
 from training import TOKENIZER
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, training_args
 
 from fastpref.cli import main
+from fastpref.data import read_rows
 from fastpref.integrations.trl import command, command_report
 
 PAGE = "docs/trainers.md"
@@ -133,7 +135,11 @@ def test_what_was_not_logged_is_not_in_the_table(capsys, tmp_path, monkeypatch):
 ERRORS = {
     "no model": (
         "--model_name_or_path nowhere/at/all",
-        "--model_name_or_path: expected a model folder or a name on the Hub, got nowhere/at/all",
+        "--model_name_or_path: expected a model folder or a name on the Hub, got 'nowhere/at/all'",
+    ),
+    "no such name": (
+        "--model_name_or_path nosuchmodel --teacher_model_name_or_path nosuchteacher",
+        "--model_name_or_path: expected a model folder or a name on the Hub, got 'nosuchmodel' (",
     ),
     "no dataset": ("--dataset_name nowhere.jsonl", "--dataset_name: expected a file that exists"),
     "no split": (
@@ -143,7 +149,21 @@ ERRORS = {
     "a file has one split": ("--eval_strategy steps --eval_steps 1", "--eval_strategy: expected"),
     "unknown method": ("--method x", "argument --method: invalid choice"),
     "help of no method": ("--help --method x", "--method: expected 'adpa' or"),
-    "unknown option": ("--betta 1", "--betta"),
+    "unknown option": (
+        "--learningrate 1 --bf16 true --use_cpu false",
+        "--learningrate: no such option; did you mean --learning_rate?",
+    ),
+    "like no option": ("--qqqq=1", "--qqqq: no such option; see fastpref train --method METHOD"),
+    "no option": ("x", "'x': expected options, --NAME VALUE"),
+    "unknown in a file": (
+        "--config unknown.yaml",
+        "unknown.yaml: learningrate: no such option; did you mean learning_rate?",
+    ),
+    "no bfloat16": (
+        "--bf16 true --use_cpu false",
+        "--bf16: this machine has no device that computes in bfloat16; "
+        "add --use_cpu true --bf16 false",
+    ),
     "no number": ("--beta x", "argument --beta: invalid float value"),
     "out of range": ("--beta -1", "--beta: expected"),
     "of another method": ("--alpha 0.5", "--alpha: expected"),
@@ -152,35 +172,103 @@ ERRORS = {
         f"--teacher_model_name_or_path {TEACHER}",
         "--teacher_model_name_or_path: expected None",
     ),
+    "a teacher beside columns": (
+        "--method tvkd --dataset_name shaped.jsonl --teacher_model_name_or_path nosuchteacher",
+        "--teacher_model_name_or_path: expected None, since the train dataset has chosen_shaping "
+        "and rejected_shaping already (leave it out)",
+    ),
     "a bad row": ("--dataset_name bad.jsonl", "--dataset_name: 1 bad row: row 7: chosen must be"),
+    "other columns": (
+        "--dataset_name other.jsonl",
+        "--dataset_name: all 7 rows: chosen is missing; their columns are prompt, good, rejected",
+    ),
+    "other columns of a table": (
+        "--dataset_name other.parquet",
+        "--dataset_name: all 7 rows: chosen is missing; their columns are prompt, good, rejected",
+    ),
     "a mixed column": ("--dataset_name mixed.jsonl", "--dataset_name: expected one type"),
     "no rows": ("--dataset_name empty.jsonl", "--dataset_name: expected rows"),
-    "no file": ("--config nowhere.yaml", "nowhere.yaml"),
+    "no file": (
+        "--config nowhere.yaml",
+        "--config: expected a file that exists, got nowhere.yaml",
+    ),
     "no YAML": ("--config bad.yaml", "--config: expected a YAML file"),
+    "no options": ("--config list.yaml", "--config: expected a YAML file with a line"),
     "nothing": ("--config", "--config: expected a YAML file"),
     "debug": ("--ignore_bias_buffers", "--ignore_bias_buffers: expected False"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors_are_one_line(run, name):
+def test_errors_are_one_line(run, name, monkeypatch):
     options, message = ERRORS[name]
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for the Hub
     lines = Path("pairs.jsonl").read_text("utf-8")
     bad = '{"prompt": "x", "chosen": 5, "rejected": "y"}'
     Path("bad.jsonl").write_text(f"{lines}\n{bad}", "utf-8")
     mixed = [json.dumps({**row, "note": note}) for row, note in zip(rows(2), "a1", strict=True)]
     Path("mixed.jsonl").write_text("\n".join(mixed).replace('"1"', "1"), "utf-8")
     Path("empty.jsonl").touch()
-    Path("bad.yaml").write_text("a: [", "utf-8")
+    shaping = {"chosen_shaping": 1.0, "rejected_shaping": 0.0}
+    Path("shaped.jsonl").write_text("\n".join(json.dumps(row | shaping) for row in rows()))
+    Path("other.jsonl").write_text(lines.replace('"chosen"', '"good"'), "utf-8")
+    Dataset.from_list(read_rows("other.jsonl")).to_parquet("other.parquet")
+    for file, text in (("bad", "a: ["), ("unknown", "learningrate: 1"), ("list", "- 1")):
+        Path(f"{file}.yaml").write_text(text, "utf-8")
     code, _ = run(*SIMPO, *SMALL, "--dataset_name", "pairs.jsonl", *shlex.split(options))
     assert isinstance(code, str)  # which Python prints, with exit code 1
     assert code.startswith("fastpref: ") and message in code and "\n" not in code
 
 
-@pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_name", "method"])
-def test_what_has_to_be_named(run, missing):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model_name_or_path", "--model_name_or_path: required: a model folder or a name on the"),
+        ("dataset_name", "--dataset_name: required: a file of preference pairs, a saved"),
+        ("method", "--method: expected a "),
+    ],
+)
+def test_what_has_to_be_named(run, missing, message):
     given = {"method": "simpo", "model_name_or_path": STUDENT, "dataset_name": "pairs.jsonl"}
     del given[missing]
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     code, _ = run("train", "--output_dir", "out", *SMALL, *options)
-    assert str(code).startswith(f"fastpref: --{missing}: expected a ")
+    assert str(code).startswith(f"fastpref: {message}")
+
+
+def test_nothing_named(run):
+    assert run("train")[0] == (
+        "fastpref: --model_name_or_path and --dataset_name: required; "
+        "see fastpref train --method METHOD --help"
+    )
+
+
+@pytest.mark.parametrize(
+    ("save", "kept"),
+    [
+        ("no", "nothing was saved"),
+        (
+            "steps",
+            "the last checkpoint is out/checkpoint-1: "
+            "add --resume_from_checkpoint out/checkpoint-1",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("run")
+def test_stopped_it_says_what_was_saved(monkeypatch, capsys, save, kept):
+    step, calls = command.PreferenceTrainer.training_step, []
+
+    def stopping(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(command.PreferenceTrainer, "training_step", stopping)
+    saving = ("--dataset_name", "pairs.jsonl", "--save_strategy", save, "--save_steps", "1")
+    monkeypatch.setattr(sys, "argv", ["fastpref", *SIMPO, *SMALL, *saving])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith(f"stopped after step 1 of 2; {kept}\n")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from datasets import Dataset, load_dataset
-from trl.scripts.utils import ScriptArguments, TrlParser
-from trl.trainer.model_config import ModelConfig
+from transformers import AutoConfig, TrainerCallback
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from fastpref.checks import check_choice, refuse
 from fastpref.data import read_rows
-from fastpref.data.rows import BadRow, BadRowsError, row_defect
+from fastpref.data.rows import RESPONSES, BadRow, BadRowsError, row_defect
 from fastpref.integrations.trl.command_help import help_page
+from fastpref.integrations.trl.command_line import CLASSES, STUDENT, OtherModels, parse
 from fastpref.integrations.trl.command_report import report
 from fastpref.integrations.trl.config import PreferenceConfig
 from fastpref.integrations.trl.trainer import PreferenceTrainer
@@ -36,27 +36,14 @@ TYPED = {
 }
 
 
-@dataclass
-class OtherModels:
-    """Models that neither TRL nor the trainer's configuration names."""
+class _Saved(TrainerCallback):
+    """Remembers the last checkpoint that is complete."""
 
-    teacher_ref_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The teacher before it was aligned, for ADPA and the implicit reward."},
-    )
-    oracle_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "For DRDO: a folder that method oracle has trained."}
-    )
+    def __init__(self, args: PreferenceConfig) -> None:
+        self.last = args.resume_from_checkpoint
 
-
-_CLASSES: Any = (ScriptArguments, PreferenceConfig, ModelConfig, OtherModels)
-
-
-class _Parser(TrlParser):
-    """TrlParser that raises what is wrong, instead of printing 200 lines of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def run(arguments: list[str]) -> None:
@@ -78,11 +65,18 @@ def run(arguments: list[str]) -> None:
         if {"-h", "--help"} & {*arguments}:
             print(help_page(fields(OtherModels), _methods(arguments)))
             return
-        trainer = _trainer(*_parse(arguments))
+        trainer = _trainer(*parse(arguments))
     except ValueError as error:
         raise ValueError(_as_typed(str(error))) from error
     args = trainer.args
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    saved = _Saved(args)
+    trainer.add_callback(saved)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(_stopped(trainer.state, saved.last), file=sys.stderr)
+        raise SystemExit(130) from None  # as shells count Ctrl-C
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         report(trainer.state.log_history, Path(args.output_dir))
@@ -101,27 +95,29 @@ def _methods(arguments: list[str]) -> list[str]:
     return methods
 
 
-def _parse(arguments: list[str]) -> tuple[Any, ...]:
-    if arguments[-1:] == ["--config"]:
-        refuse("config", "a YAML file", "none")
-    parser = _Parser(_CLASSES)
+def _stopped(state: Any, checkpoint: str | None) -> str:
+    """Where a training was stopped, and how to go on."""
+    kept = "nothing was saved"
+    if checkpoint is not None:
+        kept = f"the last checkpoint is {checkpoint}: add --resume_from_checkpoint {checkpoint}"
+    return f"stopped after step {state.global_step} of {state.max_steps}; {kept}"
+
+
+def _check_student(name: str, *, revision: str, trust: bool) -> None:
+    """Refuse a student that is not there, before a teacher is loaded."""
+    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():  # transformers would say that it is no name
+        refuse("model_name_or_path", STUDENT, repr(name))
     try:
-        return tuple(parser.parse_args_and_config(arguments))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: expected a YAML file, cannot read it ({error})") from error
+        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        refuse("model_name_or_path", STUDENT, f"{name!r} ({reason})")
 
 
 def _trainer(script: Any, args: PreferenceConfig, model: Any, others: OtherModels) -> Any:
-    for name, given in (
-        ("model_name_or_path", model.model_name_or_path),
-        ("dataset_name", script.dataset_name),
-    ):
-        if given is None:
-            refuse(name, "a name on the Hub, or where it is here", "none")
     student = model.model_name_or_path
-    is_path = student.startswith((".", "~", "/")) or student.count("/") > 1
-    if is_path and not Path(student).is_dir():  # transformers would say that it is no name
-        refuse("model_name_or_path", "a model folder or a name on the Hub", student)
+    _check_student(student, revision=model.model_revision, trust=args.trust_remote_code)
     if script.ignore_bias_buffers:
         refuse("ignore_bias_buffers", "False", True)
     args.model_init_kwargs = {
@@ -153,14 +149,23 @@ def _rows(script: Any, split: str) -> Any:
     if not len(rows):
         refuse("dataset", "rows", "none")
     if not isinstance(rows, list):
+        _check_columns(rows)
         return rows
     defects = [BadRow(index, row_defect(row) or "") for index, row in enumerate(rows)]
     if bad := [one for one in defects if one.reason]:
-        raise BadRowsError(bad, "dataset", advice="")
+        raise BadRowsError(bad, "dataset", advice="", rows=rows)
     try:
         return Dataset.from_list(rows)
     except TypeError as error:
         raise ValueError(f"dataset: expected one type in each column ({error})") from error
+
+
+def _check_columns(rows: Any) -> None:
+    """Refuse a table without the responses, as text or as the tokens that TRL makes of them."""
+    for side in RESPONSES:
+        if not {side, f"{side}_ids"} & {*rows.column_names}:
+            bad = [BadRow(index, f"{side} is missing") for index in range(len(rows))]
+            raise BadRowsError(bad, "dataset", advice="", rows=rows)
 
 
 def _eval_rows(script: Any) -> Any:
@@ -172,7 +177,7 @@ def _eval_rows(script: Any) -> Any:
 
 def _as_typed(message: str) -> str:
     """A message that begins with the option as it is typed."""
-    names = {"config", *(one.name for cls in _CLASSES for one in fields(cls))}
+    names = {"config", *(one.name for cls in CLASSES for one in fields(cls))}
 
     def option(found: re.Match[str]) -> str:
         name = TYPED.get(found[1], found[1])

@@ -48,10 +48,8 @@ class Signal:
         missing = missing_columns(dataset, self.columns)
         columns = " and ".join(self.columns)
         if self.compute is not None or self.read is not None:
-            if not missing and self.read is not None and self.read.sides:
-                refuse(f"{name}_dataset", f"no {columns}, which {self.argument} computes", "both")
-            if not missing:
-                refuse(self.argument, f"None, since the {name} dataset has {columns}", "a model")
+            needed = self.read is not None and self.read.sides is not None
+            self.refuse_both(dataset, name, needed=needed)
             return dataset if self.compute is None else self.compute(dataset, name)
         if missing:
             absent = " and no ".join(missing)
@@ -60,6 +58,16 @@ class Signal:
             for column in self.columns:
                 finite(column, dataset.with_format(None)[column][:])
         return dataset
+
+    def refuse_both(self, dataset: Any, name: str, *, needed: bool) -> None:
+        """Refuse a model beside a dataset with its columns; ``needed`` says it is for more."""
+        if missing_columns(dataset, self.columns):
+            return
+        columns = " and ".join(self.columns)
+        if needed:
+            refuse(f"{name}_dataset", f"no {columns}, which {self.argument} computes", "both")
+        expected = f"None, since the {name} dataset has {columns} already (leave it out)"
+        refuse(self.argument, expected, "a model")
 
     def of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
         """(2B,) numbers of the columns of a batch, chosen responses first; (k, 2B) of lists."""
@@ -98,13 +106,17 @@ def named_teacher(args: PreferenceConfig, teacher_model: Any) -> Any:
 
 
 def signals_of(
-    args: PreferenceConfig, student: Any, models: dict[str, tuple[Any, Any]], cached: bool
+    args: PreferenceConfig,
+    student: Any,
+    models: dict[str, tuple[Any, Any]],
+    dataset: Any,
+    cached: bool,
 ) -> tuple[dict[str, Signal], list[Reader]]:
     """What losses read beside the student's own numbers, by the names of their parameters.
 
-    ``models`` are models and tokenizers, by the trainer's arguments. ``cached`` says that columns
-    have what a teacher says at every token. The second result are the models that read along in
-    every step.
+    ``models`` are models and tokenizers, by the trainer's arguments; none is loaded where
+    ``dataset``, to train on, has its columns. ``cached`` says that columns have what a teacher says
+    at every token. The second result are the models that read along in every step.
     """
     sides = sides_of_models(args)
     if cached:
@@ -136,6 +148,9 @@ def signals_of(
         if not wanted and argument not in [*sides, *beside]:
             reason = f"the loss reads nothing of it (method={args.method!r}, alpha={args.alpha})"
             refuse(argument, f"None, since {reason}", type(model).__name__)
+        for signal, _ in wanted.values():
+            if dataset is not None:
+                signal.refuse_both(dataset, "train", needed=argument in sides)
         init: Any = args.teacher_model_init_kwargs if argument == "teacher_model" else None
         loaded = load_frozen(argument, model, tokenizer, **(init or {}))
         readers[argument] = Reader(argument, *loaded, sides=sides.get(argument))

@@ -152,7 +152,7 @@ class PreferenceTrainer(ReadsModels):
         }
         self.cache = columns_of_teacher(args, teacher_model, train_dataset)
         cached = self.cache is not None
-        signals, self.readers = signals_of(args, model, models, cached)
+        signals, self.readers = signals_of(args, model, models, train_dataset, cached)
         super().__init__(
             model,
             ref_model,
