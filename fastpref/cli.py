@@ -265,6 +265,9 @@ def kd_cache(
 )
 def train(context: typer.Context) -> None:
     """Train a student by any method, like trl dpo."""
+    if not context.args:  # said again where some are given; TRL's imports take seconds
+        required = "--method, --model_name_or_path and --dataset_name: required"
+        raise ValueError(f"{required}; see fastpref train --method METHOD --help")
     from fastpref.integrations.trl.command import run
 
     run(context.args)

@@ -13,7 +13,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from fastpref import cli
-from fastpref.integrations.trl.command import OtherModels
+from fastpref.integrations.trl.command_line import OtherModels
 from fastpref.integrations.trl.command_help import help_page
 
 WORDS = {str: "text", Path: "file", int: "integer", float: "number"}

@@ -226,7 +226,7 @@ def test_errors_are_one_line(run, name, monkeypatch):
     [
         ("model_name_or_path", "--model_name_or_path: required: a model folder or a name on the"),
         ("dataset_name", "--dataset_name: required: a file of preference pairs, a saved"),
-        ("method", "--method: expected a "),
+        ("method", "--method: required: one or several of adpa, "),
     ],
 )
 def test_what_has_to_be_named(run, missing, message):
@@ -238,10 +238,24 @@ def test_what_has_to_be_named(run, missing, message):
 
 
 def test_nothing_named(run):
+    assert run("train")[0] == run("train", "--seed", "1")[0]
     assert run("train")[0] == (
-        "fastpref: --model_name_or_path and --dataset_name: required; "
+        "fastpref: --method, --model_name_or_path and --dataset_name: required; "
         "see fastpref train --method METHOD --help"
     )
+
+
+@pytest.mark.usefixtures("run")
+def test_stopped_while_it_loads(monkeypatch, capsys):
+    def stopping(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "PreferenceTrainer", stopping)
+    monkeypatch.setattr(sys, "argv", ["fastpref", *SIMPO, *SMALL, "--dataset_name", "pairs.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped before the first step\n")
 
 
 @pytest.mark.parametrize(

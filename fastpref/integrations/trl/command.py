@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, TrainerCallback
@@ -22,6 +22,7 @@ from fastpref.integrations.trl.command_report import report
 from fastpref.integrations.trl.config import PreferenceConfig
 from fastpref.integrations.trl.trainer import PreferenceTrainer
 from fastpref.losses import METHODS
+from fastpref.teacher.model import this_process
 
 # Options, by the arguments that functions call them.
 TYPED = {
@@ -68,15 +69,20 @@ def run(arguments: list[str]) -> None:
         trainer = _trainer(*parse(arguments))
     except ValueError as error:
         raise ValueError(_as_typed(str(error))) from error
+    except KeyboardInterrupt:
+        _stop("stopped before the first step")
     args = trainer.args
     saved = _Saved(args)
     trainer.add_callback(saved)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except KeyboardInterrupt:
-        if trainer.is_world_process_zero():
-            print(_stopped(trainer.state, saved.last), file=sys.stderr)
-        raise SystemExit(130) from None  # as shells count Ctrl-C
+        kept = "nothing was saved"
+        if saved.last is not None:
+            advice = f"add --resume_from_checkpoint {saved.last}"
+            kept = f"the last checkpoint is {saved.last}: {advice}"
+        state = trainer.state
+        _stop(f"stopped after step {state.global_step} of {state.max_steps}; {kept}")
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         report(trainer.state.log_history, Path(args.output_dir))
@@ -95,12 +101,11 @@ def _methods(arguments: list[str]) -> list[str]:
     return methods
 
 
-def _stopped(state: Any, checkpoint: str | None) -> str:
-    """Where a training was stopped, and how to go on."""
-    kept = "nothing was saved"
-    if checkpoint is not None:
-        kept = f"the last checkpoint is {checkpoint}: add --resume_from_checkpoint {checkpoint}"
-    return f"stopped after step {state.global_step} of {state.max_steps}; {kept}"
+def _stop(message: str) -> NoReturn:
+    """End after Ctrl-C."""
+    if this_process().is_main_process:
+        print(message, file=sys.stderr)
+    raise SystemExit(130) from None  # as shells count Ctrl-C
 
 
 def _check_student(name: str, *, revision: str, trust: bool) -> None:

@@ -14,9 +14,11 @@ from trl.trainer.model_config import ModelConfig
 
 from fastpref.checks import refuse
 from fastpref.integrations.trl.config import PreferenceConfig
+from fastpref.losses import METHODS
 
 STUDENT = "a model folder or a name on the Hub"
 REQUIRED = {
+    "method": f"one or several of {', '.join(METHODS)}",
     "model_name_or_path": STUDENT,
     "dataset_name": "a file of preference pairs, a saved dataset or a name on the Hub",
 }
@@ -65,7 +67,8 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
     if len(missing) == 1:
         raise ValueError(f"--{missing[0]}: required: {REQUIRED[missing[0]]}")
     if missing:
-        raise ValueError(f"--{' and --'.join(missing)}: required; {HELP}")
+        *first, last = (f"--{name}" for name in missing)
+        raise ValueError(f"{', '.join(first)} and {last}: required; {HELP}")
     try:
         return tuple(parser.parse_args_and_config([*config, *arguments]))
     except ValueError as error:
