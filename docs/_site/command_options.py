@@ -13,8 +13,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from fastpref import cli
-from fastpref.integrations.trl.command_line import OtherModels
 from fastpref.integrations.trl.command_help import help_page
+from fastpref.integrations.trl.command_line import OtherModels
 
 WORDS = {str: "text", Path: "file", int: "integer", float: "number"}
 
