@@ -8,6 +8,7 @@ from closeness import assert_no_worse
 from datasets import Dataset
 from recipes_page import section_blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
+from trl_trainer import needs_trls_trainer
 
 import fastpref
 from fastpref.models import head_states, lm_head_of
@@ -17,6 +18,7 @@ TOKENIZER = tiny_tokenizer()
 TOKENIZER.pad_token = "<unk>"
 
 
+@needs_trls_trainer
 def test_dpo_with_these_columns_is_tvkd(tmp_path, monkeypatch, caplog):
     pairs = [
         {**row, "chosen_shaping": 0.3 * index, "rejected_shaping": -0.01 * index}

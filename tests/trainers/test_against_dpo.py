@@ -15,11 +15,11 @@ from training import (
     assert_same,
     dataset,
     history,
-    needs_trls_trainer,
     student,
     trainer,
 )
 from trl import DPOConfig, DPOTrainer
+from trl_trainer import needs_trls_trainer
 
 from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer, TVKDConfig, TVKDTrainer
 

@@ -13,12 +13,12 @@ from training import (
     dataset,
     history,
     models_for,
-    needs_trls_trainer,
     student,
     trainer,
 )
 from transformers import GenerationConfig
 from trl import KTOConfig, KTOTrainer
+from trl_trainer import needs_trls_trainer
 
 from fastpref.integrations.trl import PreferenceConfig, PreferenceTrainer
 from fastpref.integrations.trl import trainer as trainer_module

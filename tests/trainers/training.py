@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset
 from tiny_models import rows, tiny_model, tiny_tokenizer
@@ -26,10 +24,6 @@ SETTINGS = {
     "disable_tqdm": True,
     "gradient_checkpointing": False,
 }
-# Its kernels are Triton's alone, whatever the device.
-needs_trls_trainer = pytest.mark.skipif(
-    version("trl").startswith("1.15."), reason="TRL 1.15's own trainer needs a GPU"
-)
 OF_CLOCKS = ("runtime", "per_second", "flos")
 
 
