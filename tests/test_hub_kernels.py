@@ -50,7 +50,8 @@ def test_the_page(folder, monkeypatch):
 
 def test_the_commands_of_the_page():
     layout, install = block(PAGE, "sh").splitlines()
-    done = subprocess.run(["make", "-n", *layout.split()[1:]], cwd=ROOT, capture_output=True)
+    command = ["make", "-n", "--no-print-directory", *layout.split()[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
     last = done.stdout.decode().splitlines()[-1]
     assert last.endswith(" .ci/hub_kernels.py build/hub-kernels")
     assert '(Path("build/hub-kernels"))' in block(PAGE, "python")

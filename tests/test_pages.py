@@ -75,7 +75,7 @@ CLAIMS = {
         *[("python", f"{RECIPES}/test_packed.py::test_packed_is_padded")] * 2,
         *[("python", f"{RECIPES}/test_reference_columns.py::{REFERENCE}")] * 2,
         ("sh", PARSED),  # servers, which need GPUs
-        *[("python", f"{RECIPES}/test_servers.py::test_columns_of_servers")] * 3,
+        *[("python", f"{RECIPES}/test_vllm.py::test_columns_of_servers")] * 3,
         *[("python", f"{RECIPES}/test_lightning.py::test_fit")] * 2,  # by `make recipes`
         ("yaml", f"{RECIPES}/test_torchtune.py::test_the_recipe_trains"),  # by `make recipes`
         # by `make recipes`
