@@ -31,7 +31,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, and what th
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-CASES = 6  # of a test, in the interpreter; all of them run with PyTorch's code, and on a GPU
+CASES = 5  # of a test, in the interpreter; all of them run with PyTorch's code, and on a GPU
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -214,10 +214,10 @@ def test_evaluation(tmp_path):
 
 @pytest.mark.parametrize("method", ["tdpo", "adpa"])
 def test_no_logits_exist(tmp_path, method, monkeypatch):
-    """In a whole step, of no model; blocks of two rows are as small as the batch is."""
+    """In a whole step, of no model; blocks of six rows are as small as the batch is."""
     sizes = {"vocab_size": 100_000, "hidden_size": 4}
     row = 4 * sizes["vocab_size"]
-    monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", 4 * row)
+    monkeypatch.setattr(tiling, "CPU_BLOCK_BYTES", 12 * row)
     models = {
         name: student(seed=3, **sizes) if name.endswith("model") else one
         for name, one in models_for(method).items()
