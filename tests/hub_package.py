@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import formulas
 import torch
 from closeness import assert_no_worse
+from pages import blocks
 from torch import Tensor
-
-ROOT = Path(__file__).parents[1]
-
-
-def block(page: str, language: str) -> str:
-    """The only block of a page in one language."""
-    text = (ROOT / page).read_text("utf-8")
-    (code,) = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-    return str(code)
 
 
 def check_page(page: str) -> Any:
     """Run the page's code, hold its numbers and gradients, and return the package."""
     found: dict[str, Any] = {}
-    exec(block(page, "python"), found)
+    (code,) = blocks(page)
+    exec(code, found)
     hidden, weight = found["hidden"], found["weight"]
     gradients = (hidden.grad, weight.grad)
     values = (found["logps"], found["values"], found["divergence"], *gradients)

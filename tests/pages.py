@@ -15,15 +15,18 @@ def pages() -> list[str]:
     return [path.relative_to(ROOT).as_posix() for name in found for path in ROOT.glob(name)]
 
 
-def all_blocks(page: str) -> list[tuple[str, str]]:
-    """The language and the code of every fenced block."""
+def all_blocks(page: str, section: str = "") -> list[tuple[str, str]]:
+    """The language and the code of every fenced block, of the page or of a section of it."""
     text = (ROOT / page).read_text("utf-8")
+    if section:
+        sections = re.split(r"^## ", text, flags=re.MULTILINE)
+        (text,) = [one for one in sections if one.startswith(f"{section}\n")]
     return re.findall(r"^ *```([^\n`]*)\n(.*?)^ *```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: str, language: str = "python") -> list[str]:
-    """The code of a page's blocks in one language."""
-    return [code for name, code in all_blocks(page) if name == language]
+def blocks(page: str, language: str = "python", section: str = "") -> list[str]:
+    """The code of the blocks in one language, of a page or of a section of it."""
+    return [code for name, code in all_blocks(page, section) if name == language]
 
 
 def commands(page: str, name: str = "") -> list[list[str]]:

@@ -16,7 +16,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from hub_package import block, check_page, operators
+from hub_package import check_page, operators
+from pages import blocks
 
 import fastpref
 
@@ -49,12 +50,13 @@ def test_the_page(folder, monkeypatch):
 
 
 def test_the_commands_of_the_page():
-    layout, install = block(PAGE, "sh").splitlines()
+    (shell,), (code,) = blocks(PAGE, "sh"), blocks(PAGE)
+    layout, install = shell.splitlines()
     command = ["make", "-n", "--no-print-directory", *layout.split()[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     last = done.stdout.decode().splitlines()[-1]
     assert last.endswith(" .ci/hub_kernels.py build/hub-kernels")
-    assert '(Path("build/hub-kernels"))' in block(PAGE, "python")
+    assert '(Path("build/hub-kernels"))' in code
     assert install == "pip install kernels"
 
 

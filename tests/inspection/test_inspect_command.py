@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 from pages import blocks, commands
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 from fastpref import cli
-from fastpref.cli import main
 
 OUTPUT = ("--output", "report.html")
 TEACHER = ("--teacher", "teacher", "--dataset", "rows.jsonl")
@@ -28,16 +26,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, folder):
+def run(monkeypatch, folder, typed):
     monkeypatch.chdir(folder)
-
-    def command(*arguments: str) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, capsys.readouterr().out
-
-    return command
+    return typed
 
 
 def test_a_teacher(run, folder):

@@ -1,19 +1,10 @@
-"""The code of a page, by section, and what `make recipes` installs."""
+"""What `make recipes` installs."""
 
 from __future__ import annotations
 
-import re
 from importlib.util import find_spec
 
 import pytest
-from pages import ROOT
-
-
-def section_blocks(page: str, section: str, language: str = "python") -> list[str]:
-    """The fenced blocks of a section, in their order."""
-    sections = re.split(r"^## ", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)
-    (text,) = [one for one in sections if one.startswith(section + "\n")]
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def needs(package: str) -> None:

@@ -9,8 +9,7 @@ import accelerate_loop
 import pytest
 import torch
 from datasets import Dataset
-from pages import ROOT
-from recipes_page import section_blocks
+from pages import ROOT, blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 import fastpref
@@ -55,7 +54,7 @@ def test_accumulated_steps_are_those_of_all_their_pairs(student):
 
 def test_the_commands_of_the_page(tmp_path, monkeypatch, student):
     """The teacher's values and the loop, with tiny models and a launcher that starts no other."""
-    values, launch = section_blocks("docs/recipes.md", "accelerate", "sh")[0].splitlines()
+    values, launch = blocks("docs/recipes.md", "sh", "accelerate")[0].splitlines()
     tiny = re.sub(r"meta-llama/\S+", "student", values).replace("pairs.jsonl", "pairs.parquet")
     Dataset.from_list(rows(4)).to_parquet("pairs.parquet")
     (tmp_path / "pairs-with-values.parquet").unlink()

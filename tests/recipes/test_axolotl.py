@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from pages import blocks
 from pairs import pairs_with_shaping, tvkd
-from recipes_page import needs, section_blocks
+from recipes_page import needs
 from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
@@ -32,7 +33,7 @@ def recipe():
 
 def options_of(recipe):
     """The page's YAML, which is the docstring's."""
-    (page,) = section_blocks("docs/recipes.md", "axolotl", "yaml")
+    (page,) = blocks("docs/recipes.md", "yaml", "axolotl")
     found = yaml.safe_load(page)
     text = re.search(r"(?:^    \w+:.*\n)+", recipe.__doc__, flags=re.MULTILINE)
     assert yaml.safe_load(text[0]) == found

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from pages import blocks
 from pairs import pairs_with_shaping, sgd_step, tvkd
-from recipes_page import needs, section_blocks
+from recipes_page import needs
 from tiny_models import tiny_model, tiny_tokenizer
 
 import fastpref
@@ -14,7 +15,7 @@ import fastpref
 needs("lightning")
 import lightning  # noqa: E402  # after the skip
 
-MODULE, FIT = section_blocks("docs/recipes.md", "Lightning")
+MODULE, FIT = blocks("docs/recipes.md", section="Lightning")
 TOKENIZER = tiny_tokenizer()
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import assert_no_worse
-from recipes_page import section_blocks
+from pages import blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 import fastpref
 from fastpref.models import head_states, lm_head_of
 
-RECIPE, OWN_CALL = section_blocks("docs/recipes.md", "Packed batches")
+RECIPE, OWN_CALL = blocks("docs/recipes.md", section="Packed batches")
 TOKENIZER = tiny_tokenizer()
 
 

@@ -6,14 +6,14 @@ import torch
 import trl
 from closeness import assert_no_worse
 from datasets import Dataset
-from recipes_page import section_blocks
+from pages import blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
 from trl_trainer import needs_trls_trainer
 
 import fastpref
 from fastpref.models import head_states, lm_head_of
 
-COLUMNS, TRAINER = section_blocks("docs/recipes.md", "TVKD in a trainer that only knows DPO")
+COLUMNS, TRAINER = blocks("docs/recipes.md", section="TVKD in a trainer that only knows DPO")
 TOKENIZER = tiny_tokenizer()
 TOKENIZER.pad_token = "<unk>"
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from recipes_page import needs, section_blocks
+from pages import blocks
+from recipes_page import needs
 
 import fastpref
 
 needs("torchtune")
-import torchtune_tvkd  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402  # after the skip, as all below
-from torchtune import config  # noqa: E402
-from torchtune.models.llama3_1 import llama3_1  # noqa: E402
-from torchtune.models.llama3_2 import lora_llama3_2  # noqa: E402
-from torchtune.rlhf import get_batch_log_probs  # noqa: E402
+import torchtune_tvkd  # noqa: E402  # after the skip
+from omegaconf import OmegaConf  # noqa: E402  # after the skip
+from torchtune import config  # noqa: E402  # after the skip
+from torchtune.models.llama3_1 import llama3_1  # noqa: E402  # after the skip
+from torchtune.models.llama3_2 import lora_llama3_2  # noqa: E402  # after the skip
+from torchtune.rlhf import get_batch_log_probs  # noqa: E402  # after the skip
 
 pytestmark = pytest.mark.filterwarnings("default")  # of torchao, and of torchtune's imports
 SIZES = {"vocab_size": 40, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16,
@@ -82,7 +83,7 @@ def test_the_recipe_trains(tmp_path):
     ]  # fmt: skip
     file = str(tmp_path / "pairs.parquet")
     Dataset.from_list(pairs).to_parquet(file)
-    (page,) = section_blocks("docs/recipes.md", "torchtune", "yaml")
+    (page,) = blocks("docs/recipes.md", "yaml", "torchtune")
     options = yaml.safe_load(page)
     options["dataset"]["data_files"] = file
 

@@ -9,13 +9,13 @@ from threading import Thread
 
 import pytest
 import torch
-from recipes_page import section_blocks
+from pages import blocks
 from tiny_models import rows, tiny_model, tiny_tokenizer
 
 import fastpref
 from fastpref.models import head_states, lm_head_of
 
-ASK, LOGPS, VALUES = section_blocks("docs/recipes.md", "vLLM as a teacher")
+ASK, LOGPS, VALUES = blocks("docs/recipes.md", section="vLLM as a teacher")
 TOKENIZER = tiny_tokenizer()
 NOTHING = -9999.0  # what vLLM writes for minus infinity
 

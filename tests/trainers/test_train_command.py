@@ -32,7 +32,7 @@ SIMPO = shlex.split(f"train --method simpo --model_name_or_path {STUDENT} --outp
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capsys, typed):
     for seed, name in enumerate((STUDENT, TEACHER)):
         tiny_model(TOKENIZER, seed=seed).save_pretrained(tmp_path / name)
         TOKENIZER.save_pretrained(tmp_path / name)
@@ -44,12 +44,6 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(YAML, "utf-8")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-
-    def typed(*arguments: str) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, capsys.readouterr().out
 
     return typed
 

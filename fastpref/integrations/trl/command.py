@@ -15,7 +15,7 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from fastpref.checks import check_choice, refuse
 from fastpref.data import read_rows
-from fastpref.data.rows import RESPONSES, BadRow, BadRowsError, row_defect
+from fastpref.data.rows import MISSING, RESPONSES, BadRow, BadRowsError, row_defect
 from fastpref.integrations.trl.command_help import help_page
 from fastpref.integrations.trl.command_line import CLASSES, STUDENT, OtherModels, parse
 from fastpref.integrations.trl.command_report import report
@@ -169,7 +169,7 @@ def _check_columns(rows: Any) -> None:
     """Refuse a table without the responses, as text or as the tokens that TRL makes of them."""
     for side in RESPONSES:
         if not {side, f"{side}_ids"} & {*rows.column_names}:
-            bad = [BadRow(index, f"{side} is missing") for index in range(len(rows))]
+            bad = [BadRow(index, f"{side}{MISSING}") for index in range(len(rows))]
             raise BadRowsError(bad, "dataset", advice="", rows=rows)
 
 
